@@ -1,0 +1,127 @@
+"""Which rows a step trains on, and how they are laid out: functions of (seed, step) alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdm_plugin.data.rows import Rows
+from mdm_plugin.errors import UserError
+from mdm_plugin.noise import keyed_generator, keyed_uniform
+
+
+class Batch(NamedTuple):
+    """R rows padded to L tokens, with their noise and their places in the global batch.
+
+    tokens: [R, L], long.
+    eligible: [R, L], bool, the positions that may be masked.
+    attend: [R, 1, L], bool, false at padding; None where nothing is padding.
+    u: [R, L], fp64, noise of U(0, 1) for the masks.
+    places: [R], long, in 0..global batch − 1.
+    """
+
+    tokens: Tensor
+    eligible: Tensor
+    attend: Tensor | None
+    u: Tensor
+    places: Tensor
+
+
+class GlobalBatches:
+    """The batches of a run: each epoch a new order, cut into global batches.
+
+    A global batch is ``batch_size`` rows × ``ranks`` × ``accumulation`` micro-batches. A row's
+    place in it is (micro-batch · ranks + rank) · batch_size + index, and its noise depends on
+    (seed, step, place) alone: whichever rank and micro-batch a row falls to, it is masked
+    alike. The rows of an epoch that fill no whole global batch are left out of it.
+
+    Args:
+        rows: the data.
+        batch_size, ranks, accumulation: what a global batch is made of.
+        rank: which share ``micro_batches`` gives.
+        seed: of the order and of the noise.
+        pad_id: token of padding.
+        shuffle: a new order in each epoch; else the data's own.
+        eos_padding_id: LLaDA's way: rows are filled with this token (EOS) to the longest of the
+            global batch, and the filling is part of the response, to be predicted and attended
+            to. None: padding is neither.
+        pad_to_multiple_of: round lengths up, so that fewer shapes occur.
+        max_len: never pad beyond this.
+
+    Raises:
+        UserError: if the rows do not fill one global batch.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        seed: int,
+        pad_id: int,
+        ranks: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+        shuffle: bool = True,
+        eos_padding_id: int | None = None,
+        pad_to_multiple_of: int = 1,
+        max_len: int | None = None,
+    ) -> None:
+        self.size = batch_size * ranks * accumulation
+        self.steps_per_epoch = len(rows) // self.size
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"batch_size: {len(rows)} rows do not fill one global batch of {self.size} = batch_size "
+                f"{batch_size} × {ranks} ranks × {accumulation} accumulation steps"
+            )
+        self.rows = rows
+        self.batch_size, self.ranks, self.rank = batch_size, ranks, rank
+        self.accumulation = accumulation
+        self.seed, self.shuffle = seed, shuffle
+        self.pad_id, self.eos_padding_id = pad_id, eos_padding_id
+        self.multiple, self.max_len = pad_to_multiple_of, max_len
+        self._order: tuple[int, Tensor] | None = None
+
+    def row_indices(self, step: int) -> Tensor:
+        """Rows of the global batch of ``step`` (0, 1, … over all epochs) by place. [size], long."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            order = (
+                torch.randperm(len(self.rows), generator=keyed_generator(self.seed, "order", epoch))
+                if self.shuffle
+                else torch.arange(len(self.rows))
+            )
+            self._order = epoch, order
+        return self._order[1][within * self.size : (within + 1) * self.size]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of ``step``, in the order of accumulation."""
+        indices = self.row_indices(step)
+        longest = int(self.rows.lengths[indices].max())
+        batches = []
+        for micro in range(self.accumulation):
+            start = (micro * self.ranks + self.rank) * self.batch_size
+            places = torch.arange(start, start + self.batch_size)
+            batches.append(self._collate(indices[places], places, step, longest))
+        return batches
+
+    def _collate(self, indices: Tensor, places: Tensor, step: int, longest: int) -> Batch:
+        rows = [self.rows[int(i)] for i in indices]
+        if self.eos_padding_id is None:
+            longest = max(len(row.tokens) for row in rows)
+        length = -(-longest // self.multiple) * self.multiple
+        length = length if self.max_len is None else min(length, max(self.max_len, longest))
+        fill = self.pad_id if self.eos_padding_id is None else self.eos_padding_id
+        tokens = torch.full((len(rows), length), fill)
+        eligible = torch.full((len(rows), length), self.eos_padding_id is not None)
+        attend = torch.full((len(rows), 1, length), self.eos_padding_id is not None)
+        u = torch.ones(len(rows), length, dtype=torch.float64)
+        for i, (row, place) in enumerate(zip(rows, places.tolist(), strict=True)):
+            n = len(row.tokens)
+            tokens[i, :n] = row.tokens
+            eligible[i, :n] = row.eligible
+            attend[i, 0, :n] = True
+            # A row's own noise has its own length, or else padding would decide the masks.
+            size = n if self.eos_padding_id is None else length
+            u[i, :size] = keyed_uniform(self.seed, "mask", step, place, size=size)
+        return Batch(tokens, eligible, attend if self.eos_padding_id is None else None, u, places)

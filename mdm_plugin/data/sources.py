@@ -1,0 +1,119 @@
+"""Raw rows from files, local directories and the Hugging Face hub, each with its place."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mdm_plugin.errors import UserError
+
+
+class Invalid(NamedTuple):
+    """In the place of a row: a line that could not be read, and why."""
+
+    reason: str
+
+
+_FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def read_rows(
+    source: str, data_files: str | Sequence[str] | None = None, split: str = "train", **load: Any
+) -> Iterator[tuple[str, Any]]:
+    """(place, row) for each row; the place is "file:line" or "name[split], row i".
+
+    A line of a .jsonl file that is not JSON comes as ``Invalid``, for the caller's policy.
+
+    Args:
+        source: a .jsonl, .json or .parquet file; or ``"json"`` or ``"parquet"`` with
+            ``data_files``; or a directory or hub name for ``datasets.load_dataset``.
+        data_files: the files, in torchtune's manner of calling.
+        split: split of a directory or hub data set; a slice as in ``"train[:1000]"`` too.
+        load: further arguments of ``datasets.load_dataset``.
+
+    Raises:
+        UserError: if a file is missing, empty or not of its format.
+    """
+    suffix = Path(source).suffix
+    if source in ("json", "parquet"):
+        if not data_files:
+            raise UserError(f'data_files: not given, and source is "{source}": name the files')
+        files, kind = [data_files] if isinstance(data_files, str) else list(data_files), source
+    elif suffix in _FORMATS:
+        files, kind = [source], _FORMATS[suffix]
+    else:
+        yield from _hub(source, data_files, split, load)
+        return
+    if split != "train" or load:
+        given = ", ".join(["split"] * (split != "train") + sorted(load))
+        raise UserError(f"{given}: applies to a hub or local data set, not to the file {files[0]}")
+    for name in files:
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise UserError(f"{file} does not exist")
+        empty = True
+        for place, row in (_json if kind == "json" else _parquet)(file):
+            empty = False
+            yield place, row
+        if empty:
+            raise UserError(f"{file} has no rows")
+
+
+def _json(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        first = lines.readline().strip()
+        while first == b"" and (line := lines.readline()):
+            first = line.strip()
+    if first.startswith(b"["):
+        try:
+            rows = json.loads(file.read_bytes())
+        except ValueError as error:
+            line = getattr(error, "lineno", 1)
+            raise UserError(f"{file}:{line}: not valid JSON: {error}") from error
+        for i, row in enumerate(rows, 1):
+            yield f"{file}, row {i}", row
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"{file}:{number}", json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield f"{file}:{number}", Invalid(f"not valid UTF-8: {error.reason}")
+            except ValueError as error:
+                yield f"{file}:{number}", Invalid(f"not valid JSON: {error}")
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+    from pyarrow.lib import ArrowException
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for i, row in enumerate(rows, 1):
+            yield f"{file}, row {i}", row
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a valid Parquet file: {error}") from error
+
+
+def _hub(
+    source: str, data_files: Any, split: str, load: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        if (
+            Path(source, "dataset_info.json").is_file()
+            or Path(source, "dataset_dict.json").exists()
+        ):
+            data = datasets.load_from_disk(source)
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(source, data_files=data_files, split=split, **load)
+    except Exception as error:  # datasets raises many kinds: all are about the name or the network
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"source: the data set {source!r} cannot be loaded: {reason}") from error
+    for i, row in enumerate(data, 1):
+        yield f"{source}[{split}], row {i}", row

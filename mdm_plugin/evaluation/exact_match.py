@@ -1,0 +1,75 @@
+"""Right answers, counted by a verifier."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mdm_plugin.generation import generate
+from mdm_plugin.models.tokenizer import ChatTokenizer
+
+
+class ExactMatch(NamedTuple):
+    """correct of total rows, and each row's completion."""
+
+    correct: int
+    total: int
+    completions: list[str]
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson score interval of the accuracy."""
+        z, n, p = 1.959964, self.total, self.accuracy
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return centre - half, centre + half
+
+
+def exact_match(
+    model: nn.Module,
+    tokenizer: ChatTokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    verify: Callable[[str, Mapping[str, Any]], bool],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    steps: int | None = None,
+    shift: bool = False,
+    progress: str | None = None,
+) -> ExactMatch:
+    """Generate an answer to each row's prompt (its turns before the last) and verify it.
+
+    Args:
+        model: an ``MDMTransformer``.
+        tokenizer: its tokenizer.
+        rows: with ``messages``, the last turn being the reference answer.
+        verify: (completion, row) → whether it is right.
+        max_new_tokens, steps, shift: see ``mdm_plugin.generation.generate``.
+        batch_size: prompts per forward.
+        progress: label of a progress bar; None for none.
+    """
+    model.eval()
+    completions: list[str] = []
+    for start in tqdm(
+        range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False
+    ):
+        batch = rows[start : start + batch_size]
+        prompts = [torch.tensor(tokenizer.prompt(row["messages"][:-1])) for row in batch]
+        written = generate(
+            model,
+            prompts,
+            mask_id=tokenizer.mask_id,
+            pad_id=tokenizer.pad_id,
+            max_new_tokens=max_new_tokens,
+            steps=steps,
+            shift=shift,
+        )
+        completions += [tokenizer.decode(ids) for ids in written.tolist()]
+    right = sum(bool(verify(text, row)) for text, row in zip(completions, rows, strict=True))
+    return ExactMatch(right, len(rows), completions)

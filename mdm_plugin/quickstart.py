@@ -1,0 +1,184 @@
+"""The quickstart's data, tokenizer and pretrained model, made on this machine when first used.
+
+The task is reasoning-gym's ``chain_sum``: sums of one-digit numbers, answered with every
+running sum. The problems of the training, validation and test rows differ. The text to pretrain
+on is a mixture of other reasoning-gym families and shorter sums.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mdm_plugin.errors import UserError
+
+FAMILY = "chain_sum"
+SETTINGS = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1, "allow_negation": False}
+SIZES = {"train": 6000, "val": 200, "test": 300}
+PRETRAIN = {  # rows and settings per family
+    "chain_sum": (6000, {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
+    "letter_counting": (500, {"min_words": 2, "max_words": 5}),
+    "spell_backward": (500, {"min_word_len": 3, "max_word_len": 6}),
+    "number_sequence": (500, {"max_terms": 5, "max_value": 50}),
+    "products": (500, {"min_digits": 1, "max_digits": 1}),
+}
+VOCABULARY = 512
+SPECIAL = ["<|endoftext|>", "<|mdm_mask|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def prepare(directory: str) -> None:
+    """Make what is missing of the quickstart in ``directory``; one process does, others wait.
+
+    A config's ``prepare`` calls it.
+
+    Args:
+        directory: gets what ``prepare_data`` makes, and pretrained/model.safetensors, by the
+            packaged config quickstart_pretrain.
+
+    Raises:
+        UserError: if the pretraining fails.
+    """
+    prepare_data(directory)
+    home = Path(directory).expanduser()
+    with _lock(home / ".lock_pretrained"):
+        if not (home / "pretrained" / "model.safetensors").is_file():
+            print("Quickstart: pretraining its model, once", flush=True)
+            _pretrain(home)
+
+
+def prepare_data(directory: str) -> None:
+    """Make the data and the tokenizer, where missing.
+
+    Args:
+        directory: gets train.jsonl, val.jsonl and test.jsonl (chat rows with their
+            reasoning-gym entry), pretrain.jsonl (plain text), tokenizer.json and
+            tokenizer_config.json.
+    """
+    home = Path(directory).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    with _lock(home / ".lock_data"):
+        if not (home / "tokenizer_config.json").is_file():  # written last
+            print(f"Quickstart: writing its data and tokenizer to {home}", flush=True)
+            _write_data(home)
+            _write_tokenizer(home)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _worked_answer(expression: str) -> str:
+    """Every running sum of e.g. "4 - 1 + 5", one line each, and the answer."""
+    first, *rest = re.findall(r"[+-]?\s*\d+", expression)
+    total, lines = int(first), []
+    for term in rest:
+        sign, value = term[0], int(term[1:])
+        new = total + value if sign == "+" else total - value
+        lines.append(f"{total} {sign} {value} = {new}")
+        total = new
+    return "\n".join([*lines, f"Answer: {total}"])
+
+
+def _write_data(home: Path) -> None:
+    import reasoning_gym
+
+    seen: set[str] = set()
+    source = iter(
+        reasoning_gym.create_dataset(FAMILY, seed=0, size=10 * sum(SIZES.values()), **SETTINGS)
+    )
+    for split, size in SIZES.items():
+        lines: list[str] = []
+        while len(lines) < size:
+            entry = next(source)
+            if entry["question"] in seen:  # no problem occurs twice, within or across splits
+                continue
+            seen.add(entry["question"])
+            answer = _worked_answer(entry["metadata"]["expression"])
+            turns = [
+                {"role": "user", "content": entry["question"]},
+                {"role": "assistant", "content": answer},
+            ]
+            lines.append(json.dumps({"messages": turns, "entry": entry}))
+        (home / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    texts = [
+        {"text": f"{entry['question']} {entry['answer']}"}
+        for i, (family, (size, settings)) in enumerate(PRETRAIN.items(), 1)
+        for entry in reasoning_gym.create_dataset(family, seed=i, size=size, **settings)
+    ]
+    (home / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+
+
+def _write_tokenizer(home: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [json.loads(line)["text"] for line in (home / "pretrain.jsonl").open()]
+    turns = [json.loads(line)["messages"] for line in (home / "train.jsonl").open()]
+    texts += [turn["content"] for row in turns for turn in row]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(home / "tokenizer.json"))
+    settings = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mdm_mask|>",
+        "chat_template": TEMPLATE,
+    }
+    (home / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _pretrain(home: Path) -> None:
+    # In a process of its own, and not as a part of a torchrun that may be running this one.
+    drop = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "OMP_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+    command = [sys.executable, "-m", "mdm_full_finetune", "--config", "quickstart_pretrain"]
+    work = home / "pretrain_run"
+    done = subprocess.run([*command, f"data_dir={home}", f"output_dir={work}"], env=environment)
+    weights = sorted(work.glob("step_*/model.safetensors"))
+    if done.returncode or not weights:
+        raise UserError(f"prepare: the pretraining failed (exit code {done.returncode})")
+    staging = home / ".pretrained"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    shutil.copy(weights[-1], staging / "model.safetensors")
+    staging.rename(home / "pretrained")
+
+
+@cache
+def _verifier() -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(FAMILY, seed=0, size=1, **SETTINGS)
+
+
+def verify(completion: str, row: Mapping[str, Any]) -> bool:
+    """Whether reasoning-gym's own verifier gives full marks to the text after "Answer:"."""
+    _, found, answer = completion.rpartition("Answer:")
+    return bool(found) and _verifier().score_answer(answer.strip(), entry=row["entry"]) == 1.0

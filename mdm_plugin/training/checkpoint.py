@@ -1,0 +1,184 @@
+"""Checkpoints: a directory per step, which exists under its name only when it is whole."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from mdm_plugin.errors import UserError
+from mdm_plugin.training.distributed import World, full_state_dict, load_safetensors
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+class Checkpointer:
+    """Writes ``output_dir/step_N`` and reads it back.
+
+    step_N holds model.safetensors (the weights, whole), optimizer/ (torch.distributed.checkpoint,
+    sharded), state.json (step, schedule, data place, seed) and config.yaml (resolved). It is
+    written under another name, synced to disk and renamed: a kill at any moment leaves the
+    earlier checkpoints whole and no half one among them. Several nodes need a shared file system.
+
+    Args:
+        output_dir: where checkpoints go.
+        checkpoint_dir: a directory with the safetensors files to start from; None for random
+            weights.
+        checkpoint_files: their names; None for all of them.
+        keep_last_n: older checkpoints are removed; None keeps all.
+
+    Raises:
+        UserError: if the directory or a file does not exist.
+        ValueError: if ``keep_last_n`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        checkpoint_dir: str | None = None,
+        checkpoint_files: list[str] | None = None,
+        keep_last_n: int | None = None,
+    ) -> None:
+        if keep_last_n is not None and keep_last_n < 1:
+            raise ValueError(f"keep_last_n is {keep_last_n}: use 1 or more, or null for all")
+        self.output_dir = Path(output_dir).expanduser()
+        self.keep_last_n = keep_last_n
+        self.files: list[Path] = []
+        if checkpoint_dir is not None:
+            directory = Path(checkpoint_dir).expanduser()
+            if not directory.is_dir():
+                raise UserError(f"checkpointer.checkpoint_dir: {directory} does not exist")
+            names = checkpoint_files or sorted(f.name for f in directory.glob("*.safetensors"))
+            self.files = [directory / name for name in names]
+            if not self.files:
+                raise UserError(f"checkpointer.checkpoint_dir: {directory} has no *.safetensors")
+            for file in self.files:
+                if not file.is_file():
+                    raise UserError(f"checkpointer.checkpoint_files: {file} does not exist")
+
+    def steps(self) -> list[Path]:
+        """The whole checkpoints, oldest step first."""
+        if not self.output_dir.is_dir():
+            return []
+        found = ((_STEP.fullmatch(d.name), d) for d in self.output_dir.iterdir() if d.is_dir())
+        return [d for _, d in sorted((int(m[1]), d) for m, d in found if m)]
+
+    def to_resume(self, resume_from_checkpoint: bool | str) -> Path | None:
+        """The checkpoint that the config asks for: the newest (True), the one named, or none.
+
+        Raises:
+            UserError: if it does not exist or is not a checkpoint.
+        """
+        if resume_from_checkpoint is False:
+            return None
+        if resume_from_checkpoint is True:
+            steps = self.steps()
+            if not steps:
+                raise UserError(
+                    f"resume_from_checkpoint: {self.output_dir} holds no checkpoint to resume from"
+                )
+            return steps[-1]
+        directory = Path(resume_from_checkpoint).expanduser()
+        if not (directory / "state.json").is_file():
+            raise UserError(f"resume_from_checkpoint: {directory} is not a checkpoint (step_N)")
+        return directory
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run's checkpoints into a directory of their own, ``earlier_K``."""
+        steps = self.steps()
+        if not steps:
+            return None
+        number = 1
+        while (aside := self.output_dir / f"earlier_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for step in steps:
+            step.rename(aside / step.name)
+        return aside
+
+    def save(
+        self,
+        world: World,
+        model: nn.Module,
+        optimizer: Optimizer,
+        step: int,
+        state: Mapping[str, Any],
+        cfg: DictConfig,
+    ) -> Path:
+        """Write step_N, then remove what ``keep_last_n`` leaves over. Called on every rank."""
+        final = self.output_dir / f"step_{step}"
+        staging = self.output_dir / f".staging_step_{step}"
+        if world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        _barrier(world)
+        weights = full_state_dict(model, world)
+        if world.rank == 0:
+            weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(weights, staging / "model.safetensors")
+            (staging / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
+            OmegaConf.save(cfg, staging / "config.yaml")
+        optimizer_state = get_optimizer_state_dict(model, optimizer)
+        dcp.save({"optimizer": optimizer_state}, checkpoint_id=staging / "optimizer")
+        _barrier(world)
+        if world.rank == 0:
+            for file in staging.rglob("*"):
+                _sync(file)
+            _sync(staging)
+            if final.exists():  # a resumed run comes by the same step again
+                self._remove(final)
+            staging.rename(final)
+            _sync(self.output_dir)
+            for old in self.steps()[: -self.keep_last_n] if self.keep_last_n else []:
+                self._remove(old)
+        _barrier(world)
+        return final
+
+    def load_weights(self, model: nn.Module, checkpoint: Path | None = None) -> None:
+        """Fill the model's parameters from ``checkpoint``, else from ``checkpoint_dir``."""
+        load_safetensors(model, [checkpoint / "model.safetensors"] if checkpoint else self.files)
+
+    @staticmethod
+    def load_state(checkpoint: Path) -> dict[str, Any]:
+        """A checkpoint's state.json."""
+        return json.loads((checkpoint / "state.json").read_text())
+
+    @staticmethod
+    def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Fill the optimizer's state, sharded as the model is now. Called on every rank."""
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=checkpoint / "optimizer")
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+    def _remove(self, directory: Path) -> None:
+        # Renamed first: a kill halfway leaves no half checkpoint under a checkpoint's name.
+        doomed = self.output_dir / f".removed_{directory.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

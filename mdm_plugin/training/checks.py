@@ -1,0 +1,98 @@
+"""What can be known to be wrong before any training time is spent."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from mdm_plugin.data.rows import Rows
+from mdm_plugin.errors import UserError
+from mdm_plugin.models.tokenizer import ChatTokenizer
+from mdm_plugin.training.distributed import World
+
+
+def check_sizes(cfg: DictConfig, world: World) -> int:
+    """Check the config's numbers; the accumulation steps that they come to.
+
+    Raises:
+        UserError: naming the key.
+    """
+    positive = (
+        "batch_size gradient_accumulation_steps global_batch_size epochs max_steps_per_epoch "
+        "pad_to_multiple_of log_every_n_steps save_every_n_steps keep_last_n "
+        "run_val_every_n_steps val_draws sample_new_tokens sample_steps"
+    )
+    for key in positive.split():
+        if cfg[key] is not None and cfg[key] < 1:
+            raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+    if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
+        raise UserError(f"clip_grad_norm: {cfg.clip_grad_norm}: use more than 0, or null")
+    if cfg.run_val_every_n_steps and cfg.dataset_val is None:
+        raise UserError("run_val_every_n_steps: set, but there is no dataset_val: give one")
+    if cfg.enable_activation_offloading and world.device.type != "cuda":
+        raise UserError(
+            f"enable_activation_offloading: works on CUDA only, and the device is {world.device}"
+        )
+    if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
+        raise UserError(
+            "enable_activation_offloading: needs enable_activation_checkpointing: True as well"
+        )
+    if cfg.global_batch_size is None:
+        return int(cfg.gradient_accumulation_steps)
+    if cfg.gradient_accumulation_steps != 1:
+        raise UserError(
+            "global_batch_size: gradient_accumulation_steps follows from it: leave that at 1"
+        )
+    accumulation, rest = divmod(cfg.global_batch_size, cfg.batch_size * world.size)
+    if rest or not accumulation:
+        raise UserError(
+            f"global_batch_size: {cfg.global_batch_size} is not a multiple of batch_size "
+            f"{cfg.batch_size} × {world.size} ranks"
+        )
+    return int(accumulation)
+
+
+def check_data(model: nn.Module, tokenizer: ChatTokenizer, *data: Rows | None) -> None:
+    """Check that the model can take the tokens.
+
+    Raises:
+        UserError: if a token id is outside its vocabulary, or a row longer than it can take.
+    """
+    vocabulary = model.tok_embeddings.num_embeddings
+    for name in ("mask_id", "eos_id", "pad_id"):
+        if getattr(tokenizer, name) >= vocabulary:
+            raise UserError(
+                f"model.vocab_size: the tokenizer's {name}, {getattr(tokenizer, name)}, is outside "
+                f"the model's vocabulary of {vocabulary}"
+            )
+    for rows in data:
+        if rows is None:
+            continue
+        if rows.max_token >= vocabulary:
+            raise UserError(
+                f"model.vocab_size: the data has token id {rows.max_token}, outside the model's "
+                f"vocabulary of {vocabulary}"
+            )
+        longest = int(rows.lengths.max())
+        if longest > model.max_seq_len:
+            raise UserError(
+                f"tokenizer.max_seq_len: a row has {longest} tokens, and the model takes "
+                f"{model.max_seq_len}: set it to that, or raise model.max_seq_len"
+            )
+
+
+def check_resume(state: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: Path) -> None:
+    """Check that a checkpoint belongs to the run that the config describes.
+
+    Raises:
+        UserError: naming what differs: going on would be another run.
+    """
+    for key, now in identity.items():
+        if state[key] != now:
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} was written with {key} {state[key]}, and "
+                f"the config gives {now}: restore it, or start a new run from its weights with "
+                "checkpointer.checkpoint_dir"
+            )

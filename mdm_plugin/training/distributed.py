@@ -1,0 +1,220 @@
+"""One process or many: process group, device mesh, and models that are born sharded."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtune import training
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.utils import get_device
+
+from mdm_plugin.errors import UserError
+from mdm_plugin.noise import keyed_generator
+
+
+class World(NamedTuple):
+    """This process among all. mesh is None for a single process."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """``x`` summed over all ranks, on the device."""
+        x = x.to(self.device)
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+
+@contextmanager
+def distributed(
+    device: str, shard_dim: int = -1, replicate_dim: int = 1, timeout_minutes: int = 30
+) -> Iterator[World]:
+    """The world that torchrun has made, or one process without it; its end is the group's end.
+
+    Args:
+        device: ``cpu``, ``cuda``, ….
+        shard_dim: ranks that one copy of the model is sharded over (FSDP2); −1 for all that
+            ``replicate_dim`` leaves.
+        replicate_dim: copies of the model (HSDP); 1 for plain FSDP2.
+        timeout_minutes: a collective that waits longer ends the run.
+
+    Raises:
+        UserError: if the device is not there, or the sizes do not make up the world.
+    """
+    try:
+        place = get_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device}: {str(error).splitlines()[0]}") from error
+    if not training.is_distributed():
+        if replicate_dim != 1 or shard_dim not in (-1, 1):
+            raise UserError(
+                "data_parallel_replicate_dim, data_parallel_shard_dim: this is a single process; "
+                "start more with tune run --nproc_per_node"
+            )
+        yield World(0, 1, place, None)
+        return
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if replicate_dim < 1 or size % replicate_dim:
+        raise UserError(
+            f"data_parallel_replicate_dim: {size} ranks do not divide into {replicate_dim} copies"
+        )
+    shard = size // replicate_dim if shard_dim == -1 else shard_dim
+    if shard * replicate_dim != size:
+        raise UserError(
+            f"data_parallel_shard_dim: {shard} × data_parallel_replicate_dim {replicate_dim} is "
+            f"not the number of ranks, {size}"
+        )
+    backend = training.get_distributed_backend(place.type, offload_ops_to_cpu=place.type != "cpu")
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        if replicate_dim > 1:
+            mesh = init_device_mesh(
+                place.type, (replicate_dim, shard), mesh_dim_names=("dp_replicate", "dp_shard")
+            )
+        else:
+            mesh = init_device_mesh(place.type, (size,), mesh_dim_names=("dp_shard",))
+        yield World(rank, size, place, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_model(
+    build: Callable[[], nn.Module],
+    world: World,
+    *,
+    dtype: torch.dtype,
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+    cpu_offload: bool = False,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """A model on its device and sharded, its parameters empty: fill them before use.
+
+    It is built on the meta device, so that no rank ever holds the whole of it.
+
+    Args:
+        build: makes the model.
+        world: where; FSDP2 over its mesh if there is one.
+        dtype: of the parameters.
+        compile: torch.compile of each layer, for lengths that vary.
+        activation_checkpointing: recompute each layer in the backward pass.
+        cpu_offload: FSDP2's; parameters, gradients and optimizer state rest in CPU memory.
+        reshard_after_forward: FSDP2's; False keeps gathered weights until the backward pass.
+    """
+    with training.set_default_dtype(dtype), torch.device("meta"):
+        model = build()
+    if compile:
+        for layer in model.layers:
+            # One graph for all lengths; without `dynamic` the second length compiles again.
+            layer.compile(dynamic=True, backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
+    if activation_checkpointing:
+        training.set_activation_checkpointing(
+            model, auto_wrap_policy={TransformerSelfAttentionLayer}
+        )
+    if world.mesh is not None and world.size > 1:
+        training.shard_model(
+            model,
+            [training.get_shard_conditions],
+            cpu_offload=cpu_offload,
+            reshard_after_forward=reshard_after_forward,
+            dp_mesh=world.mesh,
+        )
+    else:
+        cpu_offload = False
+    model.to_empty(device="cpu" if cpu_offload else world.device)
+    with training.set_default_dtype(dtype), world.device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):  # buffers that no checkpoint holds
+                module.rope_init()
+    return model
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that checkpoints use."""
+    wrapper = "_checkpoint_wrapped_module."
+    return {name.replace(wrapper, ""): p for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, seed: int) -> None:
+    """Random weights: N(0, 0.02²) for matrices, 1 for norms' scales, 0 for biases.
+
+    Each tensor is a function of (seed, its name): the same for any number of ranks.
+    """
+    for name, parameter in named_parameters(model).items():
+        full = torch.empty(parameter.shape)
+        if parameter.ndim >= 2:
+            full.normal_(std=0.02, generator=keyed_generator(seed, "init", name))
+        else:
+            full.fill_(0.0 if name.endswith("bias") else 1.0)
+        index, local = _local(parameter)
+        local.copy_(full[index])
+
+
+@torch.no_grad()
+def load_safetensors(model: nn.Module, files: list[Path]) -> None:
+    """Fill the parameters from safetensors files; each rank reads its own shards only.
+
+    Raises:
+        UserError: if a file cannot be read, or a tensor is missing, unknown or wrongly shaped.
+    """
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                where.update(dict.fromkeys(opened.keys(), file))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
+    parameters = named_parameters(model)
+    for kind, names in (
+        ("lacks", parameters.keys() - where.keys()),
+        ("has unknown tensors:", where.keys() - parameters.keys()),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise UserError(
+                f"{files[0].parent}: the checkpoint {kind} {some} ({len(names)} in all)"
+            )
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in list(opened.keys()):
+                stored = opened.get_slice(name)
+                shape, parameter = tuple(stored.get_shape()), parameters[name]
+                if shape != tuple(parameter.shape):
+                    raise UserError(
+                        f"{file}: {name} has shape {shape}, and the config's model "
+                        f"{tuple(parameter.shape)}"
+                    )
+                index, local = _local(parameter)
+                local.copy_(stored[index])
+
+
+def _local(parameter: Tensor) -> tuple[tuple[slice, ...], Tensor]:
+    """This rank's part of a parameter: its place in the whole, and its storage."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, n) for n in parameter.shape), parameter
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    index = tuple(slice(o, o + n) for n, o in zip(shape, offset, strict=True))
+    return index, parameter.to_local()
+
+
+def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """All parameters on rank 0's CPU, by name; empty elsewhere. Called on every rank."""
+    if world.size > 1:
+        return training.gather_cpu_state_dict(model, world.rank == 0, world.device)
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}

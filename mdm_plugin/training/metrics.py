@@ -1,0 +1,121 @@
+"""What a run shows: TensorBoard scalars, figures of the step, memory."""
+
+import resource
+import sys
+import time
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torchtune import training
+from torchtune.training.metric_logging import TensorBoardLogger as _TensorBoardLogger
+from tqdm import tqdm
+
+from mdm_plugin.training.distributed import World
+from mdm_plugin.training.step import Corrupted
+
+T_BINS = 10
+
+
+class TensorBoardLogger(_TensorBoardLogger):
+    """torchtune's, which writes text too. Arguments as there: log_dir, organize_logs."""
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Markdown, on rank 0."""
+        if self._writer:
+            self._writer.add_text(name, text, global_step=step)
+
+    def log_config(self, config: DictConfig) -> None:
+        """The resolved config as text."""
+        text = OmegaConf.to_yaml(config, resolve=True)
+        self.log_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
+
+    def flush(self) -> None:
+        """Make what was logged visible to a reader now."""
+        if self._writer:
+            self._writer.flush()
+
+
+class StepMetrics:
+    """Sums over micro-batches and steps since the last ``report``, kept on the device.
+
+    Nothing here waits for the device until ``report`` does.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._reset()
+
+    def _reset(self) -> None:
+        # loss, then rows' loss by t, rows by t, and masked, eligible and all tokens.
+        self._sums = torch.zeros(1 + 2 * T_BINS + 3, device=self.world.device)
+        self._grad_norm = torch.zeros((), device=self.world.device)
+        self._steps = 0
+        self._importance_sum = self._importance_max = 0.0
+        self._start = time.perf_counter()
+
+    @torch.no_grad()
+    def micro_batch(self, batch: Corrupted, loss: Tensor, ce: Tensor) -> None:
+        """Add a micro-batch: its share of the step's loss, and CE [M] of its masked positions."""
+        row_ce = torch.zeros(len(batch.row_weight), device=ce.device)
+        row_ce.index_add_(0, batch.targets.rows, ce)
+        views = len(batch.row_weight) // len(batch.t)
+        bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1).repeat(views).to(ce.device)
+        self._sums[0] += loss.detach()
+        self._sums.index_add_(0, 1 + bins, row_ce * batch.row_weight.to(ce.device))
+        self._sums.index_add_(0, 1 + T_BINS + bins, torch.ones_like(row_ce))
+        counts = [len(ce), batch.eligible * views, batch.noisy.numel()]
+        self._sums[-3:] += torch.tensor(counts, device=ce.device)
+
+    def step(self, grad_norm: Tensor, importance: Tensor) -> None:
+        """Add an optimizer step: its gradient's norm and all rows' importance weights."""
+        self._grad_norm += grad_norm.detach()
+        self._steps += 1
+        self._importance_sum += importance.mean().item()
+        self._importance_max = max(self._importance_max, importance.max().item())
+
+    def report(self) -> dict[str, float]:
+        """Means since the last report, over all ranks; called on every rank alike."""
+        seconds = time.perf_counter() - self._start
+        sums = self.world.sum(self._sums).tolist()
+        by_t, rows_by_t = sums[1 : 1 + T_BINS], sums[1 + T_BINS : 1 + 2 * T_BINS]
+        masked, eligible, tokens = sums[-3:]
+        figures = {
+            "train/loss": sums[0] / self._steps,
+            "train/grad_norm": self._grad_norm.item() / self._steps,
+            "train/masked_fraction": masked / eligible,
+            "train/importance_weight_mean": self._importance_sum / self._steps,
+            "train/importance_weight_max": self._importance_max,
+            "speed/tokens_per_second": tokens / seconds,
+            "speed/masked_tokens_per_second": masked / seconds,
+            "speed/seconds_per_step": seconds / self._steps,
+        }
+        for i, (total, rows) in enumerate(zip(by_t, rows_by_t, strict=True)):
+            if rows:
+                figures[f"train_loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = total / rows
+        figures.update({f"memory/{k}": v for k, v in memory_gib(self.world.device).items()})
+        self._reset()
+        return figures
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Peak memory in GiB: the device's, or on CPU this process's resident set."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"peak_resident_gib": peak / 1024**3}
+    stats = training.get_memory_stats(device, reset_stats=True)
+    return {f"{name}_gib": value for name, value in stats.items()}
+
+
+def progress_bar(world: World, total: int, initial: int) -> tqdm:
+    """Steps with ETA, on rank 0; on a log file a line a minute instead of a moving bar."""
+    moving = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit="step",
+        disable=world.rank != 0,
+        dynamic_ncols=moving,
+        mininterval=0.2 if moving else 60,
+    )

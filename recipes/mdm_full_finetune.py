@@ -1,0 +1,302 @@
+"""Full fine-tuning and pretraining of masked diffusion language models.
+
+    tune run mdm_full_finetune --config quickstart
+    tune run --nproc_per_node 8 mdm_full_finetune --config my.yaml batch_size=2
+
+One code path for one process and for many (FSDP2, HSDP), on CPU and CUDA.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import MISSING, DictConfig
+from torchtune import training
+from tqdm import tqdm
+
+from mdm_plugin.data import GlobalBatches
+from mdm_plugin.noise import keyed_generator
+from mdm_plugin.training.checks import check_data, check_resume, check_sizes
+from mdm_plugin.training.config import instantiate, parse
+from mdm_plugin.training.distributed import (
+    World,
+    build_model,
+    distributed,
+    initialize_parameters,
+)
+from mdm_plugin.training.metrics import StepMetrics, progress_bar
+from mdm_plugin.training.step import corrupt, forward_loss
+from mdm_plugin.training.validation import validate
+
+
+@dataclass
+class Options:
+    """The config's top-level keys, their types and defaults. Names are torchtune's."""
+
+    # Components: {_component_: dotted.path, argument: value, …}
+    tokenizer: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    dataset: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    loss: dict[str, Any] = MISSING
+    timesteps: dict[str, Any] = MISSING
+    masking: dict[str, Any] = MISSING
+    checkpointer: dict[str, Any] = MISSING
+    metric_logger: dict[str, Any] = MISSING
+    lr_scheduler: dict[str, Any] | None = None
+    dataset_val: dict[str, Any] | None = None
+    profiler: dict[str, Any] | None = None
+    prepare: dict[str, Any] | None = None  # called once before anything else
+
+    # Where and how
+    output_dir: str = MISSING
+    device: str = "cuda"
+    dtype: str = "bf16"
+    seed: int = 0
+    resume_from_checkpoint: Any = False  # True: the newest in output_dir; or a step_N directory
+
+    # Steps and batches
+    batch_size: int = MISSING  # rows per rank and micro-batch
+    gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None  # if set, gradient_accumulation_steps follows from it
+    epochs: int = 1
+    max_steps_per_epoch: int | None = None
+    shuffle: bool = True
+    train_eos_padding: bool = True  # LLaDA: EOS fills the batch and is learnt; else it is ignored
+    pad_to_multiple_of: int = 1
+    clip_grad_norm: float | None = None
+
+    # Memory and speed
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+    data_parallel_shard_dim: int = -1
+    data_parallel_replicate_dim: int = 1
+
+    # What is shown and kept
+    log_every_n_steps: int = 1
+    save_every_n_steps: int | None = None  # and at the end of each epoch
+    keep_last_n: int | None = None
+    run_val_every_n_steps: int | None = None  # and before the first and after the last step
+    val_draws: int = 8  # forwards per validation row
+    sample_rows: int = 4  # validation prompts that the model completes at each validation
+    sample_new_tokens: int = 64
+    sample_steps: int = 32
+
+
+class MDMFullFinetune:
+    """Set up, train, save, clean up."""
+
+    def __init__(self, cfg: DictConfig, world: World) -> None:
+        self.cfg, self.world = cfg, world
+
+    def setup(self) -> None:
+        cfg, world = self.cfg, self.world
+        dtype = training.get_dtype(cfg.dtype, device=world.device)
+        accumulation = check_sizes(cfg, world)
+
+        # Cheap parts first: whatever is wrong in a config or a file stops the run here.
+        self.checkpointer = instantiate(cfg, "checkpointer", keep_last_n=cfg.keep_last_n)
+        checkpoint = self.checkpointer.to_resume(cfg.resume_from_checkpoint)
+        self.loss = instantiate(cfg, "loss")
+        self.timesteps = instantiate(cfg, "timesteps")
+        self.masking = instantiate(cfg, "masking")
+        self.tokenizer = instantiate(cfg, "tokenizer")
+        self.rows = instantiate(cfg, "dataset", self.tokenizer)
+        self.rows_val = instantiate(cfg, "dataset_val", self.tokenizer)
+        for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
+            if rows is not None:
+                self.say(f"{name}: {len(rows)} rows, {int(rows.lengths.sum())} tokens")
+                if rows.report:
+                    self.say(f"{name}: {rows.report}")
+        self.batches = GlobalBatches(
+            self.rows,
+            batch_size=cfg.batch_size,
+            ranks=world.size,
+            rank=world.rank,
+            accumulation=accumulation,
+            seed=cfg.seed,
+            shuffle=cfg.shuffle,
+            pad_id=self.tokenizer.pad_id,
+            eos_padding_id=self.tokenizer.eos_id if cfg.train_eos_padding else None,
+            pad_to_multiple_of=cfg.pad_to_multiple_of,
+            max_len=self.tokenizer.max_seq_len,
+        )
+        self.steps_per_epoch = min(
+            self.batches.steps_per_epoch, cfg.max_steps_per_epoch or self.batches.steps_per_epoch
+        )
+        self.total_steps = cfg.epochs * self.steps_per_epoch
+
+        # The model: built without storage, sharded, then filled.
+        self.model = build_model(
+            lambda: instantiate(cfg, "model"),
+            world,
+            dtype=dtype,
+            compile=cfg.compile,
+            activation_checkpointing=cfg.enable_activation_checkpointing,
+            cpu_offload=cfg.fsdp_cpu_offload,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        )
+        check_data(self.model, self.tokenizer, self.rows, self.rows_val)
+        self.offloading = training.get_act_offloading_ctx_manager(
+            self.model, cfg.enable_activation_offloading
+        )
+        if checkpoint or self.checkpointer.files:
+            self.checkpointer.load_weights(self.model, checkpoint)
+        else:
+            self.say("no checkpoint_dir: starting from random weights")
+            initialize_parameters(self.model, cfg.seed)
+        self.optimizer = instantiate(cfg, "optimizer", list(self.model.parameters()))
+        self.lr_scheduler = None
+        if cfg.lr_scheduler is not None:
+            self.lr_scheduler = instantiate(
+                cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps
+            )
+
+        # What a resumed run must have in common with the one it goes on from.
+        self.identity = {
+            "seed": cfg.seed,
+            "global_batch_size": self.batches.size,
+            "data": self.rows.fingerprint(),
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+        self.first_step = 0
+        if checkpoint:
+            state = self.checkpointer.load_state(checkpoint)
+            check_resume(state, self.identity, checkpoint)
+            self.checkpointer.load_optimizer(checkpoint, self.model, self.optimizer)
+            if self.lr_scheduler:
+                self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            self.first_step = state["step"]
+            self.say(f"resuming from {checkpoint}, step {self.first_step} of {self.total_steps}")
+        elif world.rank == 0 and (aside := self.checkpointer.set_aside()):
+            self.say(f"an earlier run's checkpoints are now in {aside}")
+
+        self.metric_logger = instantiate(cfg, "metric_logger")
+        self.metric_logger.log_config(cfg)
+        self.metrics = StepMetrics(world)
+        self.profiler, _ = training.setup_torch_profiler(
+            **{k: v for k, v in (cfg.profiler or {}).items() if k != "_component_"}
+        )
+        size = sum(p.numel() for p in self.model.parameters())
+        self.say(
+            f"{size:,} parameters on {world.size} x {world.device.type}; {self.total_steps} steps "
+            f"of {self.batches.size} rows, {self.steps_per_epoch} per epoch"
+        )
+
+    def train(self) -> None:
+        cfg, world = self.cfg, self.world
+        self.model.train()
+        if cfg.run_val_every_n_steps and self.first_step == 0:
+            self.validate(0)
+        bar = progress_bar(world, total=self.total_steps, initial=self.first_step)
+        with self.profiler, bar:
+            for step in range(self.first_step, self.total_steps):
+                self.train_step(step)
+                done = step + 1
+                bar.update()
+                self.profiler.step()
+
+                if done % cfg.log_every_n_steps == 0 or done == self.total_steps:
+                    figures = self.metrics.report()
+                    bar.set_postfix_str(f"loss {figures['train/loss']:.4f}", refresh=False)
+                    figures["train/lr"] = self.optimizer.param_groups[0]["lr"]
+                    self.metric_logger.log_dict(figures, done)
+                if self.lr_scheduler:
+                    self.lr_scheduler.step()
+                if cfg.run_val_every_n_steps and (
+                    done % cfg.run_val_every_n_steps == 0 or done == self.total_steps
+                ):
+                    self.validate(done)
+                if done % self.steps_per_epoch == 0 or (
+                    cfg.save_every_n_steps and done % cfg.save_every_n_steps == 0
+                ):
+                    self.save_checkpoint(done)
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step over the global batch."""
+        cfg, world = self.cfg, self.world
+        # Under max_steps_per_epoch each epoch still begins with its own order of all rows.
+        epoch, within = divmod(step, self.steps_per_epoch)
+        place = epoch * self.batches.steps_per_epoch + within
+        t, importance = self.timesteps(self.batches.size, keyed_generator(cfg.seed, "t", place))
+        micro_batches = [
+            corrupt(batch, t, importance, self.masking, self.loss, self.tokenizer.mask_id)
+            for batch in self.batches.micro_batches(place)
+        ]
+        # One normaliser for the whole global batch, so that its gradient does not depend on how
+        # ranks and micro-batches split it.
+        normalizer = world.sum(sum(b.normalizer for b in micro_batches).float()).clamp(min=1)
+        for batch in micro_batches:
+            batch = batch.to(world.device)
+            with self.offloading:
+                weighted_sum, ce = forward_loss(self.model, self.loss, batch)
+            loss = weighted_sum / normalizer
+            # FSDP averages gradients over ranks; the loss is a sum over them.
+            (loss * world.size).backward()
+            self.metrics.micro_batch(batch, loss, ce)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(),
+            max_norm=float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm,
+        )
+        if hasattr(grad_norm, "full_tensor"):
+            grad_norm = grad_norm.full_tensor()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.metrics.step(grad_norm.to(world.device), importance)
+
+    def validate(self, step: int) -> None:
+        """NELBO and completions of the validation rows."""
+        cfg, world = self.cfg, self.world
+        start = time.perf_counter()
+        result, samples = validate(
+            self.model, self.rows_val, self.tokenizer, world, cfg, shift=self.loss.shift
+        )
+        self.metric_logger.log("val/nelbo_nats_per_token", result.nats, step)
+        if samples and hasattr(self.metric_logger, "log_text"):
+            self.metric_logger.log_text("samples", samples, step)
+        self.say(
+            f"step {step}/{self.total_steps}: validation NELBO {result.nats:.4f} nats per token "
+            f"({result.rows} rows, {time.perf_counter() - start:.1f} s)"
+        )
+
+    def save_checkpoint(self, step: int) -> None:
+        state = {
+            **self.identity,
+            "epoch": step // self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+        }
+        path = self.checkpointer.save(self.world, self.model, self.optimizer, step, state, self.cfg)
+        self.say(f"step {step}/{self.total_steps}: saved {path}")
+
+    def cleanup(self) -> None:
+        if hasattr(self, "metric_logger"):
+            self.metric_logger.close()
+
+    def say(self, line: str) -> None:
+        """A line on the console, on rank 0, above the progress bar."""
+        if self.world.rank == 0:
+            tqdm.write(line)
+
+
+@parse(Options)
+def main(cfg: DictConfig) -> None:
+    """Fine-tune a masked diffusion language model; all of its parameters are trained."""
+    instantiate(cfg, "prepare")
+    with distributed(
+        cfg.device, cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim
+    ) as world:
+        recipe = MDMFullFinetune(cfg, world)
+        recipe.setup()
+        try:
+            recipe.train()
+        finally:
+            recipe.cleanup()
+
+
+if __name__ == "__main__":
+    main()
