@@ -21,7 +21,13 @@ from typing import Any
 from mdm_plugin.errors import UserError
 
 FAMILY = "chain_sum"
-SETTINGS = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1, "allow_negation": False}
+SETTINGS = {
+    "min_terms": 3,
+    "max_terms": 4,
+    "min_digits": 1,
+    "max_digits": 1,
+    "allow_negation": False,
+}
 SIZES = {"train": 6000, "val": 200, "test": 300}
 PRETRAIN = {  # rows and settings per family
     "chain_sum": (6000, {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),

@@ -167,7 +167,7 @@ class MDMFullFinetune:
         if checkpoint:
             state = self.checkpointer.load_state(checkpoint)
             check_resume(state, self.identity, checkpoint)
-            self.checkpointer.load_optimizer(checkpoint, self.model, self.optimizer)
+            self.checkpointer.load_optimizer(world, checkpoint, self.model, self.optimizer)
             if self.lr_scheduler:
                 self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             self.first_step = state["step"]
@@ -178,9 +178,9 @@ class MDMFullFinetune:
         self.metric_logger = instantiate(cfg, "metric_logger")
         self.metric_logger.log_config(cfg)
         self.metrics = StepMetrics(world)
-        self.profiler, _ = training.setup_torch_profiler(
-            **{k: v for k, v in (cfg.profiler or {}).items() if k != "_component_"}
-        )
+        self.profiler = training.DummyProfiler()
+        if cfg.profiler is not None:
+            self.profiler, _ = instantiate(cfg, "profiler")
         size = sum(p.numel() for p in self.model.parameters())
         self.say(
             f"{size:,} parameters on {world.size} x {world.device.type}; {self.total_steps} steps "
@@ -229,7 +229,8 @@ class MDMFullFinetune:
         ]
         # One normaliser for the whole global batch, so that its gradient does not depend on how
         # ranks and micro-batches split it.
-        normalizer = world.sum(sum(b.normalizer for b in micro_batches).float()).clamp(min=1)
+        normalizer = torch.stack([batch.normalizer for batch in micro_batches]).sum()
+        normalizer = world.sum(normalizer.float()).clamp(min=1)
         for batch in micro_batches:
             batch = batch.to(world.device)
             with self.offloading:

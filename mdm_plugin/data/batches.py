@@ -71,8 +71,8 @@ class GlobalBatches:
         self.steps_per_epoch = len(rows) // self.size
         if not self.steps_per_epoch:
             raise UserError(
-                f"batch_size: {len(rows)} rows do not fill one global batch of {self.size} = batch_size "
-                f"{batch_size} × {ranks} ranks × {accumulation} accumulation steps"
+                f"batch_size: {len(rows)} rows do not fill one global batch of {self.size} = "
+                f"{batch_size} per rank × {ranks} ranks × {accumulation} accumulation steps"
             )
         self.rows = rows
         self.batch_size, self.ranks, self.rank = batch_size, ranks, rank

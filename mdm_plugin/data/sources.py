@@ -68,10 +68,10 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             rows = json.loads(file.read_bytes())
         except ValueError as error:
-            line = getattr(error, "lineno", 1)
-            raise UserError(f"{file}:{line}: not valid JSON: {error}") from error
-        for i, row in enumerate(rows, 1):
-            yield f"{file}, row {i}", row
+            number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+            raise UserError(f"{file}:{number}: not valid JSON: {error}") from error
+        for i, element in enumerate(rows, 1):
+            yield f"{file}, row {i}", element
         return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):

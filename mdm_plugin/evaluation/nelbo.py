@@ -82,8 +82,8 @@ def nelbo(
             t[i] = stratified_uniform(draws, keyed_generator(seed, "nelbo t", row))[draw]
         mask, inverse_p = FixedCount()(t, u, eligible)
         # MDMLoss divides by N; the NELBO of a row is the sum over its tokens.
-        n = eligible.sum(1)
-        targets = loss.targets(tokens, mask, inverse_p, weight * n, n).to(device)
+        count = eligible.sum(1)
+        targets = loss.targets(tokens, mask, inverse_p, weight * count, count).to(device)
         noisy = torch.where(mask[0], mask_id, tokens).to(device)
         total, _ = model(
             noisy,
@@ -95,5 +95,5 @@ def nelbo(
         sums = sums.to(device)
         dist.all_reduce(sums)
     model.train(was_training)
-    count = sum(int(rows[i].eligible.sum()) for i in range(len(rows)))
-    return NELBO(sums.item() / draws / count, len(rows), count)
+    responses = sum(int(rows[i].eligible.sum()) for i in range(len(rows)))
+    return NELBO(sums.item() / draws / responses, len(rows), responses)

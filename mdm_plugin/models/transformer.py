@@ -15,7 +15,7 @@ class MDMTransformer(TransformerDecoder):
     holds the LM head's weights gathered only while the root module's forward and backward run.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tokens: Tensor,
         *,

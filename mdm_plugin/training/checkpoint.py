@@ -132,7 +132,11 @@ class Checkpointer:
             (staging / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
             OmegaConf.save(cfg, staging / "config.yaml")
         optimizer_state = get_optimizer_state_dict(model, optimizer)
-        dcp.save({"optimizer": optimizer_state}, checkpoint_id=staging / "optimizer")
+        dcp.save(
+            {"optimizer": optimizer_state},
+            checkpoint_id=staging / "optimizer",
+            no_dist=world.size == 1,
+        )
         _barrier(world)
         if world.rank == 0:
             for file in staging.rglob("*"):
@@ -157,10 +161,12 @@ class Checkpointer:
         return json.loads((checkpoint / "state.json").read_text())
 
     @staticmethod
-    def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    def load_optimizer(
+        world: World, checkpoint: Path, model: nn.Module, optimizer: Optimizer
+    ) -> None:
         """Fill the optimizer's state, sharded as the model is now. Called on every rank."""
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=checkpoint / "optimizer")
+        dcp.load(state, checkpoint_id=checkpoint / "optimizer", no_dist=world.size == 1)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     def _remove(self, directory: Path) -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import nn
 
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.errors import UserError
-from mdm_plugin.models.tokenizer import ChatTokenizer
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.training.distributed import World
 
 
@@ -54,7 +53,7 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
     return int(accumulation)
 
 
-def check_data(model: nn.Module, tokenizer: ChatTokenizer, *data: Rows | None) -> None:
+def check_data(model: MDMTransformer, tokenizer: ChatTokenizer, *data: Rows | None) -> None:
     """Check that the model can take the tokens.
 
     Raises:

@@ -19,6 +19,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.utils import get_device
 
 from mdm_plugin.errors import UserError
+from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 
 
@@ -92,7 +93,7 @@ def distributed(
 
 
 def build_model(
-    build: Callable[[], nn.Module],
+    build: Callable[[], MDMTransformer],
     world: World,
     *,
     dtype: torch.dtype,
@@ -100,7 +101,7 @@ def build_model(
     activation_checkpointing: bool = False,
     cpu_offload: bool = False,
     reshard_after_forward: bool = True,
-) -> nn.Module:
+) -> MDMTransformer:
     """A model on its device and sharded, its parameters empty: fill them before use.
 
     It is built on the meta device, so that no rank ever holds the whole of it.
@@ -137,8 +138,8 @@ def build_model(
     model.to_empty(device="cpu" if cpu_offload else world.device)
     with training.set_default_dtype(dtype), world.device:
         for module in model.modules():
-            if hasattr(module, "rope_init"):  # buffers that no checkpoint holds
-                module.rope_init()
+            if rope_init := getattr(module, "rope_init", None):  # no checkpoint holds its buffers
+                rope_init()
     return model
 
 

@@ -1,17 +1,16 @@
 """What a recipe does at a validation."""
 
 from omegaconf import DictConfig
-from torch import nn
 
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.evaluation import NELBO, nelbo
 from mdm_plugin.generation import generate
-from mdm_plugin.models.tokenizer import ChatTokenizer
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.training.distributed import World
 
 
 def validate(
-    model: nn.Module,
+    model: MDMTransformer,
     rows: Rows,
     tokenizer: ChatTokenizer,
     world: World,

@@ -1,0 +1,51 @@
+# Everything runs in a virtual environment in the checkout: `make demo`, `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+# PyTorch's public wheels without CUDA, for where pip's own index has none.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: help install demo test lint types tests wheel clean
+
+help:
+	@echo "make demo   pretrain and fine-tune a small model on this machine, and measure it"
+	@echo "make test   lint, types and tests"
+	@echo "make wheel  build the wheel into dist/"
+	@echo "make clean  remove the virtual environment and caches"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch comes first: a later resolution would pull the CUDA build onto a machine without a GPU.
+	if command -v nvidia-smi >/dev/null 2>&1; then \
+		$(BIN)/pip install --quiet "torch==$(TORCH)"; \
+	else \
+		$(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| $(BIN)/pip install --quiet "torch==$(TORCH)" --index-url $(TORCH_CPU_INDEX); \
+	fi
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m mdm_plugin.demo
+
+test: lint types tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+tests: install
+	$(BIN)/python -m pytest
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

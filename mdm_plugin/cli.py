@@ -1,0 +1,60 @@
+"""``mdm``: torchtune's command line with this project's recipes and configs registered."""
+
+import sys
+from pathlib import Path
+
+from torchtune import _recipe_registry
+from torchtune._cli.tune import TuneCLIParser
+
+from mdm_plugin.training.config import config_names, configs_directory
+
+# Which recipe the packaged configs of a directory or name belong to; the first match counts.
+RECIPES = {"mdm_full_finetune": ("",)}
+
+
+def recipe_file(name: str) -> Path:
+    """The file of one of our recipes, which is a top-level module."""
+    from importlib.util import find_spec
+
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"the recipe {name} is not installed")
+    return Path(spec.origin)
+
+
+def register() -> None:
+    """Put our recipes and configs before torchtune's own in its registry.
+
+    torchtune joins a recipe's path to its own directory, which leaves an absolute path as it is.
+    """
+    registry = _recipe_registry.get_all_recipes()
+    known = {recipe.name for recipe in registry}
+    for position, (name, prefixes) in enumerate(RECIPES.items()):
+        if name in known:
+            continue
+        configs = [
+            _recipe_registry.Config(name=config, file_path=f"{configs_directory() / config}.yaml")
+            for config in config_names()
+            if config.startswith(prefixes)
+        ]
+        recipe = _recipe_registry.Recipe(
+            name=name, file_path=str(recipe_file(name)), configs=configs, supports_distributed=True
+        )
+        registry.insert(position, recipe)
+
+
+def main() -> None:
+    """Run torchtune's CLI under the name ``mdm``."""
+    register()
+    parser = TuneCLIParser()
+    parser._parser.prog = "mdm"
+    if sys.argv[1:2] == ["validate"] and len(sys.argv) > 2:
+        # torchtune's own takes a path alone; the other subcommands take names.
+        name = sys.argv[2]
+        if not Path(name).exists() and name in config_names():
+            sys.argv[2] = f"{configs_directory() / name}.yaml"
+    parser.run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

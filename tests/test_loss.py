@@ -1,0 +1,121 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mdm_plugin.loss import MDMLoss
+from mdm_plugin.masking import Mirror
+
+R, L, D, V = 5, 9, 8, 13
+
+
+def a_batch(seed=0, masking=None):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(V, (R, L), generator=generator)
+    eligible = torch.zeros(R, L, dtype=torch.bool)
+    for row in range(R):
+        eligible[row, 2 : 4 + row] = True
+    t = torch.rand(R, generator=generator, dtype=torch.float64)
+    u = torch.rand(R, L, generator=generator, dtype=torch.float64)
+    mask, inverse_p = (masking or Mirror())(t, u, eligible)
+    importance = torch.rand(R, generator=generator, dtype=torch.float64) + 0.5
+    hidden = torch.randn(2 * R, L, D, generator=generator, dtype=torch.float64)
+    head = torch.nn.Linear(D, V, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(V, D, generator=generator))
+    return tokens, eligible, mask, inverse_p, importance, hidden, head
+
+
+def plain(loss, tokens, eligible, mask, inverse_p, importance, hidden, head):
+    """The definition, one position at a time, over full logits."""
+    logits = head(hidden)
+    total = torch.zeros((), dtype=torch.float64)
+    n = eligible.sum(1)
+    for view in range(2):
+        for row in range(R):
+            for i in range(L):
+                if not mask[view, row, i]:
+                    continue
+                source = max(i - 1, 0) if loss.shift else i
+                ce = F.cross_entropy(logits[view * R + row, source], tokens[row, i])
+                weight = importance[row]
+                if loss.weight == "inverse_p":
+                    weight = weight * inverse_p[view, row]
+                total = total + {
+                    "response": ce * weight / n[row] / 2 / R,
+                    "tokens": ce * weight / n.sum() / 2,
+                    "masked": ce * weight / mask.sum(),
+                }[loss.normalize]
+    return total
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("weight", ["inverse_p", "ones"])
+@pytest.mark.parametrize("normalize", ["response", "tokens", "masked"])
+def test_equals_the_definition_over_full_logits_and_so_does_its_gradient(normalize, weight, shift):
+    loss = MDMLoss(normalize, weight, shift, chunk_size=4)
+    tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
+    n = eligible.sum(1)
+    results = []
+    for compute in ("ours", "plain"):
+        h = hidden.clone().requires_grad_()
+        head.zero_grad()
+        if compute == "ours":
+            targets = loss.targets(tokens, mask, inverse_p, importance, n)
+            total, _ = loss(head, h, targets)
+            value = total / loss.normalizer(mask, n)
+        else:
+            value = plain(loss, tokens, eligible, mask, inverse_p, importance, h, head)
+        value.backward()
+        results.append((value.detach(), h.grad, head.weight.grad.clone()))
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 1000])
+def test_chunks_do_not_change_loss_or_gradient(chunk_size):
+    tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
+    n = eligible.sum(1)
+    grads = []
+    for size in (chunk_size, 10_000):
+        loss = MDMLoss(chunk_size=size)
+        h = hidden.clone().requires_grad_()
+        head.zero_grad()
+        total, ce = loss(head, h, loss.targets(tokens, mask, inverse_p, importance, n))
+        total.backward()
+        grads.append((total.detach(), ce, h.grad, head.weight.grad.clone()))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_only_masked_positions_reach_the_head():
+    tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
+    seen = []
+    loss = MDMLoss(chunk_size=4)
+    targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
+
+    def spy(h):
+        seen.append(len(h))
+        return head(h)
+
+    with torch.no_grad():
+        loss(spy, hidden, targets)
+    assert sum(seen) == mask.sum()
+    assert max(seen) <= 4
+
+
+def test_a_batch_without_masked_positions_has_zero_loss_and_a_gradient():
+    """Under FSDP every rank must run the backward pass, also one that drew no mask."""
+    tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
+    loss = MDMLoss()
+    targets = loss.targets(tokens, mask & False, inverse_p, importance, eligible.sum(1))
+    h = hidden.requires_grad_()
+    total, ce = loss(head, h, targets)
+    total.backward()
+    assert total == 0 and len(ce) == 0
+    assert torch.equal(h.grad, torch.zeros_like(h)) and head.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("arguments", [{"normalize": "rows"}, {"weight": "p"}, {"chunk_size": 0}])
+def test_unknown_options_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        MDMLoss(**arguments)

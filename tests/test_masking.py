@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from mdm_plugin.masking import Bernoulli, FixedCount, Mirror, masking_rate
+
+R, L = 20_000, 12
+GENERATOR = torch.Generator().manual_seed(0)
+U = torch.rand(R, L, generator=GENERATOR, dtype=torch.float64)
+ELIGIBLE = torch.zeros(R, L, dtype=torch.bool)
+ELIGIBLE[:, 3:10] = True  # a prompt before, padding after
+N = 7
+MASKS = [Bernoulli(), Mirror(), FixedCount()]
+
+
+def rates(p, eps=1e-3):
+    """t at which the masking rate is p."""
+    return torch.full((R,), (p - eps) / (1 - eps), dtype=torch.float64)
+
+
+def test_masking_rate_is_llada_s():
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    assert masking_rate(t, 1e-3).tolist() == pytest.approx([0.001, 0.5005, 1.0])
+
+
+@pytest.mark.parametrize("masking", MASKS, ids=lambda m: type(m).__name__)
+def test_only_eligible_positions_are_masked(masking):
+    mask, inverse_p = masking(torch.rand(R, generator=GENERATOR, dtype=torch.float64), U, ELIGIBLE)
+    assert mask.shape[1:] == (R, L)
+    assert inverse_p.shape == mask.shape[:2]
+    assert mask.any()
+    assert not (mask & ~ELIGIBLE).any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("masking", [Bernoulli(), Mirror()], ids=["Bernoulli", "Mirror"])
+def test_each_view_is_bernoulli_p(masking, p):
+    """Every position's rate, and every pair of positions' joint rate, within 4 standard errors."""
+    for view in masking(rates(p), U, ELIGIBLE).mask[..., 3:10].double():
+        assert (view.mean(0) - p).abs().max() < 4.5 * (p * (1 - p) / R) ** 0.5
+        joint = (view.T @ view) / R
+        off = ~torch.eye(N, dtype=torch.bool)
+        assert (joint[off] - p * p).abs().max() < 4.5 * (p**2 * (1 - p**2) / R) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.7])
+def test_mirror_s_masks_are_disjoint_or_cover_all(p):
+    first, second = Mirror()(rates(p), U, ELIGIBLE).mask[..., 3:10]
+    if p <= 0.5:
+        assert not (first & second).any()
+    if p >= 0.5:
+        assert (first | second).all()
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.7])
+def test_mirror_s_correlation_is_as_derived(p):
+    """P(both masked) = max(0, 2p − 1): an independent second mask, with p², would fail."""
+    first, second = Mirror()(rates(p), U, ELIGIBLE).mask[..., 3:10].double()
+    both = (first * second).mean().item()
+    truth = max(0.0, 2 * p - 1)
+    tolerance = 4 * (truth * (1 - truth) / (R * N)) ** 0.5 + 1e-12
+    assert abs(both - truth) <= tolerance
+    assert abs(p * p - truth) > 10 * tolerance
+
+
+def test_fixed_count_masks_exactly_l_positions():
+    for count in range(1, N + 1):
+        t = torch.full((R,), (count - 0.5) / N, dtype=torch.float64)
+        mask, inverse_p = FixedCount()(t, U, ELIGIBLE)
+        assert (mask[0].sum(1) == count).all()
+        assert torch.allclose(inverse_p, torch.tensor(N / count, dtype=torch.float64))
+        # Each position equally often: a hypergeometric marginal of l/N.
+        rate = mask[0][:, 3:10].double().mean(0)
+        tolerance = 4.5 * (count / N * (1 - count / N) / R) ** 0.5 + 1e-12
+        assert (rate - count / N).abs().max() <= tolerance
+
+
+def test_fixed_count_at_the_ends_of_t():
+    mask, _ = FixedCount()(torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), U[:2], ELIGIBLE[:2])
+    assert mask[0].sum(1).tolist() == [1, N]

@@ -1,0 +1,67 @@
+"""A toy model small enough for the truth: CE of every position under every mask, in a table."""
+
+import torch
+from torch import Tensor
+
+
+class Toy:
+    """A row of N tokens, and CE_i(S) for each of its 2^N masks S and each i in S."""
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        self.n = n
+        generator = torch.Generator().manual_seed(seed)
+        sets = torch.arange(2**n)[:, None] >> torch.arange(n) & 1  # [2^N, N]
+        self.sets = sets.bool()
+        # More context, lower CE, and each mask and position its own.
+        size = self.sets.sum(1, keepdim=True) / n
+        noise = torch.rand(2**n, n, generator=generator, dtype=torch.float64)
+        self.ce = (0.2 + 3 * size**2 + 2 * noise) * self.sets
+
+    def codes(self, mask: Tensor) -> Tensor:
+        """[..., N] bool → index of the mask."""
+        return (mask.long() << torch.arange(self.n)).sum(-1)
+
+    def loss_at(self, p: Tensor) -> Tensor:
+        """E_m[l | p] by summing over all masks. p: [K] → [K]."""
+        count = self.sets.sum(1)
+        p = p[:, None]
+        probability = p**count * (1 - p) ** (self.n - count)
+        return (probability * self.ce.sum(1)).sum(1) / p[:, 0] / self.n
+
+    def objective(self, eps: float, low: float = 0.0, high: float = 1.0) -> float:
+        """J = ∫ E_m[l | p(t)] dt over (low, high), as a mean; a polynomial, so Gauss is exact."""
+        import numpy
+
+        nodes, weights = numpy.polynomial.legendre.leggauss(self.n + 2)
+        t = torch.tensor((nodes + 1) / 2) * (high - low) + low
+        return float((self.loss_at((1 - eps) * t + eps) * torch.tensor(weights / 2)).sum())
+
+    def objective_by_counts(self) -> float:
+        """The closed form at eps = 0: (1/N) Σ_l (1/l) · mean over |S| = l of Σ CE."""
+        count, total = self.sets.sum(1), self.ce.sum(1)
+        return sum(float(total[count == k].mean()) / k for k in range(1, self.n + 1)) / self.n
+
+
+def row_losses(toy: Toy, sampler, masking, loss, *, groups: int, size: int, seed: int = 0) -> Tensor:
+    """The row losses of ``groups`` global batches of ``size`` copies of the toy's row, as
+    training computes them: sampler → masking → MDMLoss's weights. [groups, size], fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [sampler(size, generator) for _ in range(groups)]
+    t, importance = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn])
+    rows = groups * size
+    u = torch.rand(rows, toy.n, generator=generator, dtype=torch.float64)
+    eligible = torch.ones(rows, toy.n, dtype=torch.bool)
+    mask, inverse_p = masking(t, u, eligible)
+    tokens = torch.arange(toy.n).repeat(rows, 1)  # the label of a position is its index
+    targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
+    code = toy.codes(mask).reshape(-1)
+    ce = toy.ce[code[targets.rows], targets.labels]
+    result = torch.zeros(rows, dtype=torch.float64)
+    result.index_add_(0, targets.rows % rows, targets.weights.double() * ce)
+    return result.reshape(groups, size)
+
+
+def z_score(losses: Tensor, truth: float) -> float:
+    """Distance of the mean over independent groups from the truth, in standard errors."""
+    means = losses.mean(1)
+    return float((means.mean() - truth) / (means.std() / len(means) ** 0.5))
