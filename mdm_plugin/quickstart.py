@@ -22,13 +22,13 @@ from mdm_plugin.errors import UserError
 
 FAMILY = "chain_sum"
 SETTINGS = {
-    "min_terms": 3,
-    "max_terms": 4,
+    "min_terms": 2,
+    "max_terms": 3,
     "min_digits": 1,
     "max_digits": 1,
     "allow_negation": False,
 }
-SIZES = {"train": 6000, "val": 200, "test": 300}
+SIZES = {"train": 3000, "val": 200, "test": 300}
 PRETRAIN = {  # rows and settings per family
     "chain_sum": (6000, {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
     "letter_counting": (500, {"min_words": 2, "max_words": 5}),

@@ -40,11 +40,14 @@ def plain(loss, tokens, eligible, mask, inverse_p, importance, hidden, head):
                 weight = importance[row]
                 if loss.weight == "inverse_p":
                     weight = weight * inverse_p[view, row]
-                total = total + {
-                    "response": ce * weight / n[row] / 2 / R,
-                    "tokens": ce * weight / n.sum() / 2,
-                    "masked": ce * weight / mask.sum(),
-                }[loss.normalize]
+                total = (
+                    total
+                    + {
+                        "response": ce * weight / n[row] / 2 / R,
+                        "tokens": ce * weight / n.sum() / 2,
+                        "masked": ce * weight / mask.sum(),
+                    }[loss.normalize]
+                )
     return total
 
 

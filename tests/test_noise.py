@@ -12,7 +12,13 @@ def test_same_key_gives_same_numbers_whatever_was_drawn_before():
 
 
 def test_any_change_of_the_key_gives_other_numbers():
-    keys = [(1, "mask", 7, 3), (2, "mask", 7, 3), (1, "t", 7, 3), (1, "mask", 8, 3), (1, "mask", 7, 4)]
+    keys = [
+        (1, "mask", 7, 3),
+        (2, "mask", 7, 3),
+        (1, "t", 7, 3),
+        (1, "mask", 8, 3),
+        (1, "mask", 7, 4),
+    ]
     draws = [tuple(keyed_uniform(*key, size=4).tolist()) for key in keys]
     assert len(set(draws)) == len(keys)
 

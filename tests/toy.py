@@ -42,7 +42,9 @@ class Toy:
         return sum(float(total[count == k].mean()) / k for k in range(1, self.n + 1)) / self.n
 
 
-def row_losses(toy: Toy, sampler, masking, loss, *, groups: int, size: int, seed: int = 0) -> Tensor:
+def row_losses(
+    toy: Toy, sampler, masking, loss, *, groups: int, size: int, seed: int = 0
+) -> Tensor:
     """The row losses of ``groups`` global batches of ``size`` copies of the toy's row, as
     training computes them: sampler → masking → MDMLoss's weights. [groups, size], fp64."""
     generator = torch.Generator().manual_seed(seed)

@@ -84,6 +84,10 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
         raise UserError(f"{path}: {error.full_key or 'a key'}: {_first_line(error)}") from error
     except ValueError as error:
         raise UserError(f"command line: {_first_line(error)}") from error
+    for key, value in plain.items():
+        # torchtune reads key=null, where key is a component, as key._component_=null.
+        if isinstance(value, dict) and value.get("_component_", "") is None:
+            plain[key] = None
     known = [field.name for field in fields(options)]
     used = set(re.findall(r"\$\{(\w+)", text + " ".join(overrides)))
     for key in [key for key in plain if key not in known]:
