@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +134,12 @@ class Checkpointer:
             (staging / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
             OmegaConf.save(cfg, staging / "config.yaml")
         optimizer_state = get_optimizer_state_dict(model, optimizer)
-        dcp.save(
-            {"optimizer": optimizer_state},
-            checkpoint_id=staging / "optimizer",
-            no_dist=world.size == 1,
-        )
+        with _without_notice_of_one_process():
+            dcp.save(
+                {"optimizer": optimizer_state},
+                checkpoint_id=staging / "optimizer",
+                no_dist=world.size == 1,
+            )
         _barrier(world)
         if world.rank == 0:
             for file in staging.rglob("*"):
@@ -166,7 +169,8 @@ class Checkpointer:
     ) -> None:
         """Fill the optimizer's state, sharded as the model is now. Called on every rank."""
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=checkpoint / "optimizer", no_dist=world.size == 1)
+        with _without_notice_of_one_process():
+            dcp.load(state, checkpoint_id=checkpoint / "optimizer", no_dist=world.size == 1)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
     def _remove(self, directory: Path) -> None:
@@ -175,6 +179,13 @@ class Checkpointer:
         shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def _without_notice_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _barrier(world: World) -> None:

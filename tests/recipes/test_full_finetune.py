@@ -1,0 +1,260 @@
+"""The recipe as users run it: the same run for any number of ranks, across kills, compiled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import BIN, TINY, scalars
+
+TWO_RANKS = ("--nproc_per_node", "2")
+
+
+def curves(tmp_path, out):
+    """Loss and grad norm of each step."""
+    found = scalars(tmp_path / out)
+    return torch.tensor([found["train/loss"], found["train/grad_norm"]])
+
+
+def assert_same(a, b, tolerance):
+    assert a.shape == b.shape == (2, 20)
+    assert ((a - b).abs() / b.abs()).max() < tolerance
+
+
+@pytest.mark.parametrize("normalize", ["response", "tokens", "masked"])
+def test_one_rank_two_ranks_and_accumulation_are_the_same_run(tune, tmp_path, normalize):
+    common = (f"loss.normalize={normalize}", "masking=mdm_plugin.masking.Mirror")
+    tune(*common, "batch_size=8", out="one")
+    tune(*common, "batch_size=4", "gradient_accumulation_steps=2", out="accumulated")
+    tune(*common, "batch_size=4", "train_eos_padding=True", launch=TWO_RANKS, out="two")
+    one = curves(tmp_path, "one")
+    assert_same(curves(tmp_path, "accumulated"), one, 1e-5)
+    assert_same(curves(tmp_path, "two"), one, 1e-5)
+    # The weights too, in files that one rank and two ranks wrote alike.
+    weights = [load_file(tmp_path / out / "step_20/model.safetensors") for out in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_every_option_of_memory_and_layout_is_the_same_run(tune, tmp_path):
+    """Padding that is ignored; HSDP, activation checkpointing, weights kept gathered."""
+    common = ("train_eos_padding=False", "loss.normalize=tokens")
+    tune(*common, "global_batch_size=8", "batch_size=2", out="plain")
+    tune(
+        *common,
+        "batch_size=4",
+        "data_parallel_replicate_dim=2",
+        "data_parallel_shard_dim=1",
+        "enable_activation_checkpointing=True",
+        "fsdp_reshard_after_forward=False",
+        launch=TWO_RANKS,
+        out="hsdp",
+    )
+    assert_same(curves(tmp_path, "hsdp"), curves(tmp_path, "plain"), 1e-5)
+
+
+def test_a_launch_on_two_nodes_is_the_same_run(tune, tmp_path, data_dir):
+    """Two torchrun agents on this machine that meet by c10d rendezvous."""
+    tune("batch_size=8", out="one")
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # fmt: off
+    launch = [
+        str(BIN / "tune"), "run", "--nnodes", "2", "--nproc_per_node", "1",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "tiny",
+        "--local_addr", "127.0.0.1",
+        "mdm_full_finetune", "--config", str(TINY), f"data_dir={data_dir}",
+        f"output_dir={tmp_path / 'nodes'}", "batch_size=4",
+    ]
+    # fmt: on
+    nodes = [
+        subprocess.Popen(launch, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=240)[0].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum("984" in o or "parameters on 2 x cpu" in o for o in outputs) == 1  # rank 0 speaks
+    assert_same(curves(tmp_path, "nodes"), curves(tmp_path, "one"), 1e-5)
+
+
+def test_compiled_is_the_same_run_without_recompilation(tmp_path, data_dir, command, tune):
+    varying = ("batch_size=2", "train_eos_padding=False")
+    tune(*varying, out="eager")
+    script = f"""
+import sys, torch
+from torch._dynamo.utils import counters
+import mdm_full_finetune as recipe
+graphs = []
+train_step = recipe.MDMFullFinetune.train_step
+def counted(self, step):
+    train_step(self, step)
+    lengths.append(self.batches.micro_batches(step)[0].tokens.shape[1])
+    graphs.append(counters["stats"]["unique_graphs"])
+lengths = []
+recipe.MDMFullFinetune.train_step = counted
+sys.argv = ["x", "--config", {str(TINY)!r}, "data_dir={data_dir}",
+            "output_dir={tmp_path / "compiled"}", "compile=True", *{varying}]
+recipe.main()
+print("GRAPHS", graphs, "BREAKS", sum(counters["graph_break"].values()), "LENGTHS", set(lengths))
+assert len(set(lengths)) >= 3, lengths  # the batches' lengths do vary
+assert graphs[2] > 0 and graphs[2] == graphs[-1], graphs
+assert not counters["graph_break"], counters["graph_break"]
+"""
+    command(sys.executable, "-c", script)
+    assert_same(curves(tmp_path, "compiled"), curves(tmp_path, "eager"), 1e-4)
+
+
+def kill_at(step: int, arguments: list[str], cwd: Path, log: Path) -> None:
+    """Start a run and kill -9 it once its log shows the step."""
+    with log.open("w") as out:
+        run = subprocess.Popen(arguments, cwd=cwd, stdout=out, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while f"AT STEP {step}\n" not in log.read_text():
+            assert run.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+
+
+# Prints each step, slowly enough to be killed at one.
+ANNOUNCED = """
+import sys, time
+import mdm_full_finetune as recipe
+train_step = recipe.MDMFullFinetune.train_step
+def announced(self, step):
+    train_step(self, step)
+    print("AT STEP", step + 1, flush=True)
+    time.sleep(0.05)
+recipe.MDMFullFinetune.train_step = announced
+recipe.main()
+"""
+
+
+def test_a_killed_run_resumes_to_bit_equal_parameters(tune, tmp_path, data_dir):
+    common = ["save_every_n_steps=5", "masking=mdm_plugin.masking.Mirror"]
+    tune(*common, out="whole")
+    arguments = [
+        *(sys.executable, "-c", ANNOUNCED, "--config", str(TINY)),
+        *(f"data_dir={data_dir}", f"output_dir={tmp_path / 'killed'}", *common),
+    ]
+    kill_at(12, arguments, tmp_path, tmp_path / "log")
+    assert sorted(d.name for d in (tmp_path / "killed").glob("step_*")) == ["step_10", "step_5"]
+    tune(*common, "resume_from_checkpoint=True", out="killed")
+    whole, killed = (tmp_path / out / "step_20" for out in ("whole", "killed"))
+    for name, weight in load_file(whole / "model.safetensors").items():
+        assert torch.equal(load_file(killed / "model.safetensors")[name], weight), name
+    assert json.loads((whole / "state.json").read_text()) == json.loads(
+        (killed / "state.json").read_text()
+    )
+
+
+def test_two_ranks_resume_to_the_run_that_would_have_been(tune, tmp_path):
+    common = ("batch_size=4", "save_every_n_steps=10")
+    tune(*common, launch=TWO_RANKS, out="whole")
+    (tmp_path / "part").mkdir()
+    os.rename(tmp_path / "whole/step_10", tmp_path / "part/step_10")
+    tune(*common, "resume_from_checkpoint=True", launch=TWO_RANKS, out="part")
+    weights = [load_file(tmp_path / out / "step_20/model.safetensors") for out in ("whole", "part")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tune, tmp_path):
+    tune("save_every_n_steps=10")
+    half = tmp_path / "out/.staging_step_30"
+    half.mkdir()
+    (half / "state.json").write_text("{")
+    done = tune("resume_from_checkpoint=True", "epochs=2", "max_steps_per_epoch=20")
+    assert "resuming from" in done.stdout and "step_20, step 20 of 40" in done.stdout
+
+
+def test_keep_last_n_and_a_new_run_in_the_same_place(tune, tmp_path):
+    tune("save_every_n_steps=4", "keep_last_n=2")
+    assert sorted(d.name for d in (tmp_path / "out").glob("step_*")) == ["step_16", "step_20"]
+    done = tune("max_steps_per_epoch=2")
+    assert "an earlier run's checkpoints are now in" in done.stdout
+    earlier = tmp_path / "out/earlier_1"
+    assert sorted(d.name for d in earlier.iterdir()) == ["step_16", "step_20"]
+    assert [d.name for d in (tmp_path / "out").glob("step_*")] == ["step_2"]
+
+
+def test_weights_of_a_checkpoint_start_a_new_run(tune, tmp_path):
+    """checkpoint_dir loads them exactly: at lr 0 they come out again, on one rank and on two."""
+    tune(out="first")
+    first = load_file(tmp_path / "first/step_20/model.safetensors")
+    start = f"checkpointer.checkpoint_dir={tmp_path / 'first/step_20'}"
+    still = ("max_steps_per_epoch=1", "optimizer.lr=0", "optimizer.weight_decay=0", "batch_size=4")
+    tune(start, *still, out="one")
+    tune(start, *still, launch=TWO_RANKS, out="two")
+    for out in ("one", "two"):
+        again = load_file(tmp_path / out / "step_1/model.safetensors")
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_training_learns_and_shows_it(tune, tmp_path, data_dir):
+    done = tune(
+        "+dataset_val._component_=mdm_plugin.data.chat_dataset"[1:],
+        f"dataset_val.source={data_dir}/val.jsonl",
+        "run_val_every_n_steps=10",
+        "val_draws=2",
+        "sample_rows=2",
+        "sample_new_tokens=8",
+        "optimizer.lr=1e-2",
+    )
+    lines = [line for line in done.stdout.splitlines() if "validation NELBO" in line]
+    assert [line.split(":")[0] for line in lines] == ["step 0/20", "step 10/20", "step 20/20"]
+    found = scalars(tmp_path / "out")
+    nats = found["val/nelbo_nats_per_token"]
+    assert nats[-1] < nats[0] - 0.5
+    assert len(found["train/loss"]) == 20
+    assert found["train/lr"][:4] == pytest.approx([0, 0.005, 0.01, 0.01 * 17 / 18])
+    assert found["train/importance_weight_mean"] == [1.0] * 20
+    assert all(0 < x < 1 for x in found["train/masked_fraction"])
+    assert {f"train_loss_by_t/{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)} <= set(found)
+    for tag in ("speed/tokens_per_second", "speed/masked_tokens_per_second"):
+        assert min(found[tag]) > 0
+    assert found["memory/peak_resident_gib"][-1] > 0.1
+    content = b"".join(f.read_bytes() for f in (tmp_path / "out").rglob("events*"))
+    assert b"mdm_plugin.timesteps.Stratified" in content  # the config
+    assert b"**reference**" in content  # the samples
+
+
+def test_bf16_and_another_logger_run(tune, tmp_path):
+    tune(
+        "dtype=bf16",
+        "max_steps_per_epoch=2",
+        "metric_logger=torchtune.training.metric_logging.DiskLogger",
+    )
+    assert load_file(tmp_path / "out/step_2/model.safetensors")["output.weight"].dtype == (
+        torch.bfloat16
+    )
+    assert "train/loss" in "".join(f.read_text() for f in (tmp_path / "out").rglob("log*.txt"))
+
+
+@pytest.mark.gpu
+def test_gpu_runs_compiled_bf16_with_offloading(tune, tmp_path):
+    tune(
+        "device=cuda",
+        "dtype=bf16",
+        "compile=True",
+        "enable_activation_checkpointing=True",
+        "enable_activation_offloading=True",
+    )
+    assert torch.isfinite(curves(tmp_path, "out")).all()
+
+
+@pytest.mark.gpu
+def test_gpu_is_the_cpu_s_run(tune, tmp_path):
+    tune(out="cpu")
+    tune("device=cuda", out="gpu")
+    assert_same(curves(tmp_path, "gpu"), curves(tmp_path, "cpu"), 1e-3)

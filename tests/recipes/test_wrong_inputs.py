@@ -1,0 +1,137 @@
+"""Each wrong input: one line with the place, exit code 2, no traceback, nothing saved is lost."""
+
+import json
+
+import pytest
+
+from tests.conftest import TINY
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+EMPTY = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}'
+
+# (overrides, what the line must say); {tmp} is a directory with the files below
+WRONG = {
+    "unknown key": (["batchsize=4"], "batchsize: unknown key: did you mean batch_size?"),
+    "unknown argument": (
+        ["model.num_layer=4"],
+        "model.num_layer: mdm_plugin.models.llada",
+    ),
+    "unknown component": (
+        ["masking=mdm_plugin.masking.Mirorr"],
+        "masking._component_: mdm_plugin.masking.Mirorr cannot be imported",
+    ),
+    "wrong type": (["batch_size=many"], "batch_size: Value 'many'"),
+    "value out of range": (["loss.normalize=rows"], "loss: normalize is 'rows'"),
+    "missing file": (["dataset.source=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    "bad JSON line": (["dataset.source={tmp}/bad.jsonl"], "bad.jsonl:2: not valid JSON"),
+    "row without a response": (["dataset.source={tmp}/empty.jsonl"], "empty.jsonl:2: an assistant"),
+    "mask id outside the vocabulary": (
+        ["model.vocab_size=1"],
+        "mask_id, 1, is outside the model",
+    ),
+    "token outside the vocabulary": (
+        ["model.vocab_size=50"],
+        "the model's vocabulary of 50",
+    ),
+    "batch larger than the data": (["batch_size=500"], "200 rows do not fill one global batch"),
+    "batch not divisible": (["global_batch_size=12"], "global_batch_size: 12 is not a multiple"),
+    "rows longer than the model": (["model.max_seq_len=16"], "tokenizer.max_seq_len: a row has"),
+    "nothing to resume": (["resume_from_checkpoint=True"], "holds no checkpoint to resume from"),
+    "missing checkpoint": (
+        ["checkpointer.checkpoint_dir={tmp}/nowhere"],
+        "checkpointer.checkpoint_dir: ",
+    ),
+    "truncated weights": (["checkpointer.checkpoint_dir={tmp}"], "cannot be read as safetensors"),
+    "sharding of one process": (["data_parallel_replicate_dim=2"], "this is a single process"),
+    "no validation data": (["run_val_every_n_steps=5"], "there is no dataset_val"),
+    "offloading on CPU": (["enable_activation_offloading=True"], "works on CUDA only"),
+    "no such device": (["device=cuda:7"], "device: "),
+    "zero epochs": (["epochs=0"], "epochs: 0: use 1 or more"),
+    "override without =": (["batch_size"], "command line: "),
+    "flag": (["--batch_size=4"], "write overrides as key=value"),
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "bad.jsonl").write_text(f"{CHAT}\n{{broken\n")
+    (tmp_path / "empty.jsonl").write_text(f"{CHAT}\n{EMPTY}\n")
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_with_the_place(case, files, data_dir, monkeypatch, capfd):
+    """In this process: the command of the recipe itself, without starting Python again."""
+    import mdm_full_finetune
+
+    overrides, expected = WRONG[case]
+    arguments = ["--config", str(TINY), f"data_dir={data_dir}", f"output_dir={files / 'out'}"]
+    arguments += [o.format(tmp=files) for o in overrides]
+    monkeypatch.setattr("sys.argv", ["mdm_full_finetune", *arguments])
+    monkeypatch.delenv("MDM_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        mdm_full_finetune.main()
+    assert end.value.code == 2
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("error: ") and expected in errors[0], errors
+    assert not list(files.glob("out/step_*"))
+
+
+def test_through_tune_with_exit_code_and_traceback_on_request(tune):
+    done = tune("batchsize=4", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    asked = tune("batchsize=4", check=False, MDM_TRACEBACK="1")
+    assert asked.returncode != 0 and "Traceback" in asked.stderr
+
+
+def test_wrong_config_files_are_named(command, tmp_path):
+    (tmp_path / "broken.yaml").write_text("a: 1\nb: [1,\n")
+    (tmp_path / "reference.yaml").write_text("output_dir: ${nowhere}/x\n")
+    (tmp_path / "short.yaml").write_text("output_dir: x\n")
+    for name, expected in {
+        "broken.yaml": "broken.yaml:3: not valid YAML",
+        "reference.yaml": "output_dir: Interpolation key 'nowhere' not found",
+        "short.yaml": "tokenizer: missing",
+        "quickstrat": "did you mean quickstart?",
+    }.items():
+        done = command("tune", "run", "mdm_full_finetune", "--config", name, check=False)
+        assert done.returncode == 2
+        assert expected in done.stderr.strip().splitlines()[-1]
+
+
+def test_resuming_as_another_run_is_refused_and_loses_nothing(tune, tmp_path):
+    tune("max_steps_per_epoch=2")
+    before = sorted(p.name for p in (tmp_path / "out").rglob("*"))
+    for override, key in (("seed=8", "seed 7"), ("batch_size=4", "global_batch_size 8")):
+        again = ("max_steps_per_epoch=2", "resume_from_checkpoint=True", override)
+        done = tune(*again, check=False)
+        assert done.returncode == 2
+        assert f"was written with {key}" in done.stderr.strip().splitlines()[-1]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == before
+
+
+def test_weights_that_do_not_fit_are_named(tune, tmp_path):
+    tune("max_steps_per_epoch=1", out="first")
+    start = f"checkpointer.checkpoint_dir={tmp_path / 'first/step_1'}"
+    for override, expected in (
+        ("model.num_layers=3", "the checkpoint lacks layers.2."),
+        ("model.num_layers=1", "the checkpoint has unknown tensors: layers.1."),
+        ("model.intermediate_dim=48", "has shape (64, 32), and the config's model (48, 32)"),
+    ):
+        done = tune(start, override, check=False, out="second")
+        assert done.returncode == 2
+        assert expected in done.stderr.strip().splitlines()[-1]
+
+
+def test_two_ranks_say_an_error_once(tune):
+    done = tune("batch_size=500", launch=("--nproc_per_node", "2"), check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: batch_size: 200 rows") == 1
+
+
+def test_the_cases_are_as_many_as_promised():
+    assert len(WRONG) >= 10 and json.loads(CHAT)
