@@ -1,8 +1,8 @@
 """The quickstart's data, tokenizer and pretrained model, made on this machine when first used.
 
-The task is reasoning-gym's ``chain_sum``: sums of one-digit numbers, answered with every
-running sum. The problems of the training, validation and test rows differ. The text to pretrain
-on is a mixture of other reasoning-gym families and shorter sums.
+The task is reasoning-gym's ``chain_sum``: sums of three one-digit numbers, answered with every
+running sum. No problem occurs twice, within or across the training, validation and test rows.
+The text to pretrain on is single sums, of the training problems only.
 """
 
 import fcntl
@@ -22,21 +22,14 @@ from mdm_plugin.errors import UserError
 
 FAMILY = "chain_sum"
 SETTINGS = {
-    "min_terms": 2,
+    "min_terms": 3,
     "max_terms": 3,
     "min_digits": 1,
     "max_digits": 1,
     "allow_negation": False,
 }
-SIZES = {"train": 3000, "val": 200, "test": 300}
-PRETRAIN = {  # rows and settings per family
-    "chain_sum": (6000, {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
-    "letter_counting": (500, {"min_words": 2, "max_words": 5}),
-    "spell_backward": (500, {"min_word_len": 3, "max_word_len": 6}),
-    "number_sequence": (500, {"max_terms": 5, "max_value": 50}),
-    "products": (500, {"min_digits": 1, "max_digits": 1}),
-}
-VOCABULARY = 512
+SIZES = {"test": 300, "val": 200, "train": 3000}
+VOCABULARY = 384
 SPECIAL = ["<|endoftext|>", "<|mdm_mask|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -121,22 +114,25 @@ def _write_data(home: Path) -> None:
             ]
             lines.append(json.dumps({"messages": turns, "entry": entry}))
         (home / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    texts = [
-        {"text": f"{entry['question']} {entry['answer']}"}
-        for i, (family, (size, settings)) in enumerate(PRETRAIN.items(), 1)
-        for entry in reasoning_gym.create_dataset(family, seed=i, size=size, **settings)
+    # The last split, train, is still at hand.
+    sums = [
+        line
+        for row in map(json.loads, lines)
+        for line in row["messages"][-1]["content"].splitlines()[:-1]
     ]
-    (home / "pretrain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (home / "pretrain.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in sums))
 
 
 def _write_tokenizer(home: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
+    # Each digit is a token, a space goes with what follows it.
+    pieces = Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Split(pieces, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,116 @@
+import os
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from mdm_plugin.errors import UserError
+from mdm_plugin.training import Checkpointer
+from mdm_plugin.training.distributed import World, initialize_parameters
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def trained(tiny_model):
+    """A model and an optimizer that has taken a step."""
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
+    tiny_model(torch.arange(12)[None]).square().mean().backward()
+    optimizer.step()
+    return tiny_model, optimizer
+
+
+def save(checkpointer, trained, step):
+    return checkpointer.save(ALONE, *trained, step, {"seed": 1}, OmegaConf.create({"a": 1}))
+
+
+def test_weights_optimizer_and_state_come_back_exactly(trained, tmp_path):
+    model, optimizer = trained
+    checkpointer = Checkpointer(str(tmp_path))
+    path = save(checkpointer, trained, 3)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = 5.0
+    for p in model.parameters():
+        p.data.zero_()
+        optimizer.state[p]["exp_avg"].zero_()
+    checkpointer.load_weights(model, path)
+    checkpointer.load_optimizer(ALONE, path, model, optimizer)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    for p, moment in zip(model.parameters(), moments, strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], moment)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert checkpointer.load_state(path) == {"seed": 1, "step": 3}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("keep_last_n", [None, 1])
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(
+    trained, tmp_path, monkeypatch, keep_last_n
+):
+    """Stop at each write, sync, rename and removal in turn; then look at what is there."""
+    import shutil
+
+    model, _ = trained
+    calls = 0
+    for stop_at in range(1, 200):
+        directory = tmp_path / str(stop_at)
+        checkpointer = Checkpointer(str(directory), keep_last_n=keep_last_n)
+        save(checkpointer, trained, 1)
+        calls = 0
+        with monkeypatch.context() as patch:
+
+            def killing(function, at=stop_at):
+                def call(*args, **kwargs):
+                    nonlocal calls
+                    calls += 1
+                    if calls == at:
+                        raise Killed
+                    return function(*args, **kwargs)
+
+                return call
+
+            for module, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")):
+                patch.setattr(module, name, killing(getattr(module, name)))
+            killed = False
+            try:
+                save(checkpointer, trained, 2)
+            except BaseException:  # torch wraps what it meets
+                killed = True
+        newest = Checkpointer(str(directory)).to_resume(True)
+        checkpointer.load_weights(model, newest)
+        assert checkpointer.load_state(newest)["step"] in (1, 2)
+        if not killed:
+            assert newest.name == "step_2"
+            break
+        # And the next attempt, in the same place, succeeds.
+        assert save(checkpointer, trained, 2).is_dir()
+        shutil.rmtree(directory)
+    assert stop_at > 8  # it was stopped at many places, and once went through
+
+
+def test_the_newest_is_by_number_and_a_named_one_is_taken(trained, tmp_path):
+    checkpointer = Checkpointer(str(tmp_path))
+    for step in (9, 10, 100):
+        save(checkpointer, trained, step)
+    assert [d.name for d in checkpointer.steps()] == ["step_9", "step_10", "step_100"]
+    assert checkpointer.to_resume(True).name == "step_100"
+    assert checkpointer.to_resume(str(tmp_path / "step_9")).name == "step_9"
+    assert checkpointer.to_resume(False) is None
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        checkpointer.to_resume(str(tmp_path))
+
+
+def test_initial_weights_depend_on_seed_and_name_alone(tiny_model):
+    initialize_parameters(tiny_model, seed=1)
+    first = {n: p.clone() for n, p in tiny_model.named_parameters()}
+    torch.manual_seed(99)
+    initialize_parameters(tiny_model, seed=1)
+    assert all(torch.equal(p, first[n]) for n, p in tiny_model.named_parameters())
+    initialize_parameters(tiny_model, seed=2)
+    assert not torch.equal(tiny_model.output.weight, first["output.weight"])
+    assert tiny_model.output.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert (tiny_model.norm.scale == 1).all()
