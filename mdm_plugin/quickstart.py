@@ -29,7 +29,7 @@ SETTINGS = {
     "allow_negation": False,
 }
 SIZES = {"test": 300, "val": 200, "train": 3000}
-VOCABULARY = 384
+VOCABULARY = 320
 SPECIAL = ["<|endoftext|>", "<|mdm_mask|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

@@ -19,12 +19,7 @@ from mdm_plugin.data import GlobalBatches
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training.checks import check_data, check_resume, check_sizes
 from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import (
-    World,
-    build_model,
-    distributed,
-    initialize_parameters,
-)
+from mdm_plugin.training.distributed import World, build_model, distributed, initialize_parameters
 from mdm_plugin.training.metrics import StepMetrics, progress_bar
 from mdm_plugin.training.step import corrupt, forward_loss
 from mdm_plugin.training.validation import validate
@@ -78,7 +73,8 @@ class Options:
 
     # What is shown and kept
     log_every_n_steps: int = 1
-    save_every_n_steps: int | None = None  # and at the end of each epoch
+    save_every_n_epochs: int = 1  # and at the end
+    save_every_n_steps: int | None = None  # besides
     keep_last_n: int | None = None
     run_val_every_n_steps: int | None = None  # and before the first and after the last step
     val_draws: int = 8  # forwards per validation row
@@ -109,9 +105,7 @@ class MDMFullFinetune:
         self.rows_val = instantiate(cfg, "dataset_val", self.tokenizer)
         for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
             if rows is not None:
-                self.say(f"{name}: {len(rows)} rows, {int(rows.lengths.sum())} tokens")
-                if rows.report:
-                    self.say(f"{name}: {rows.report}")
+                self.say(f"{name}: {rows}")
         self.batches = GlobalBatches(
             self.rows,
             batch_size=cfg.batch_size,
@@ -125,9 +119,8 @@ class MDMFullFinetune:
             pad_to_multiple_of=cfg.pad_to_multiple_of,
             max_len=self.tokenizer.max_seq_len,
         )
-        self.steps_per_epoch = min(
-            self.batches.steps_per_epoch, cfg.max_steps_per_epoch or self.batches.steps_per_epoch
-        )
+        whole_epoch = self.batches.steps_per_epoch
+        self.steps_per_epoch = min(whole_epoch, cfg.max_steps_per_epoch or whole_epoch)
         self.total_steps = cfg.epochs * self.steps_per_epoch
 
         # The model: built without storage, sharded, then filled.
@@ -211,8 +204,10 @@ class MDMFullFinetune:
                     done % cfg.run_val_every_n_steps == 0 or done == self.total_steps
                 ):
                     self.validate(done)
-                if done % self.steps_per_epoch == 0 or (
-                    cfg.save_every_n_steps and done % cfg.save_every_n_steps == 0
+                if (
+                    done == self.total_steps
+                    or done % (cfg.save_every_n_epochs * self.steps_per_epoch) == 0
+                    or (cfg.save_every_n_steps and done % cfg.save_every_n_steps == 0)
                 ):
                     self.save_checkpoint(done)
 

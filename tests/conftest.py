@@ -41,7 +41,7 @@ def tokenizer(data_dir) -> ChatTokenizer:
 def tiny_model():
     torch.manual_seed(0)
     return llada(
-        vocab_size=512, num_layers=2, num_heads=2, embed_dim=32, intermediate_dim=64, max_seq_len=96
+        vocab_size=320, num_layers=2, num_heads=2, embed_dim=32, intermediate_dim=64, max_seq_len=96
     ).eval()
 
 

@@ -52,6 +52,10 @@ class Rows(torch.utils.data.Dataset[Row]):
         place = slice(int(self._ends[index]), int(self._ends[index + 1]))
         return Row(self._tokens[place].long(), self._eligible[place])
 
+    def __str__(self) -> str:
+        text = f"{len(self)} rows, {int(self.lengths.sum())} tokens"
+        return f"{text}; {self.report}" if self.report else text
+
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row, [rows], long."""

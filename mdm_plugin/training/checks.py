@@ -20,7 +20,7 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
     """
     positive = (
         "batch_size gradient_accumulation_steps global_batch_size epochs max_steps_per_epoch "
-        "pad_to_multiple_of log_every_n_steps save_every_n_steps keep_last_n "
+        "pad_to_multiple_of log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n "
         "run_val_every_n_steps val_draws sample_new_tokens sample_steps"
     )
     for key in positive.split():

@@ -151,14 +151,16 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int) -> None:
-    """Random weights: N(0, 0.02²) for matrices, 1 for norms' scales, 0 for biases.
+    """Random weights: N(0, 1/D) for matrices [*, D], 1 for norms' scales, 0 for biases.
 
     Each tensor is a function of (seed, its name): the same for any number of ranks.
     """
     for name, parameter in named_parameters(model).items():
         full = torch.empty(parameter.shape)
         if parameter.ndim >= 2:
-            full.normal_(std=0.02, generator=keyed_generator(seed, "init", name))
+            full.normal_(
+                std=parameter.shape[-1] ** -0.5, generator=keyed_generator(seed, "init", name)
+            )
         else:
             full.fill_(0.0 if name.endswith("bias") else 1.0)
         index, local = _local(parameter)
