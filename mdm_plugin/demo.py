@@ -20,6 +20,7 @@ from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.quickstart import prepare, verify
 from mdm_plugin.training.config import instantiate, load_config
 from mdm_plugin.training.distributed import World, build_model, load_safetensors
+from mdm_plugin.training.options import Options
 
 # The longest answer of the quickstart's data has 23 tokens, EOS included.
 NEW_TOKENS = STEPS = 24
@@ -56,8 +57,6 @@ def main() -> None:
     """Run the demo; further ``key=value`` arguments go to the fine-tuning command."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     _, overrides = parser.parse_known_args()
-    from mdm_full_finetune import Options
-
     start = time.perf_counter()
     cfg = load_config("quickstart", overrides, Options)
     home, run = Path(cfg.tokenizer.path), Path(cfg.output_dir)

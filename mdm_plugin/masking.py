@@ -8,6 +8,8 @@ makes each of them unbiased (``Views``). R rows, L positions, V views per row; V
 
 Noise comes in as an argument, so that it can be a function of (seed, step, place).
 To add a mask, write a class with this ``__call__`` and name it in the config by dotted path.
+One whose views depend on t through the count ⌊t·N⌋ + 1 alone says ``by_count = True``, and gets
+the weight of the count in place of the weight of t (``timesteps.count_weight``).
 """
 
 from typing import NamedTuple
@@ -19,19 +21,37 @@ from torch import Tensor
 class Views(NamedTuple):
     """V masked views of each of R rows.
 
-    mask: [V, R, L], bool, true where the token is replaced by the mask token.
+    mask: [V, R, L], bool, true where the token is to be predicted.
     inverse_p: [V, R], fp64, 1 / (the share of positions masked in expectation). The row loss
         of view v is ``inverse_p[v] / N · Σ CE`` over its masked positions, and the estimator
         is the mean over views.
+    hidden: [V, R, L], bool, true where the model sees the mask token; None for ``mask`` itself.
     """
 
     mask: Tensor
     inverse_p: Tensor
+    hidden: Tensor | None = None
 
 
 def masking_rate(t: Tensor, eps: float = 1e-3) -> Tensor:
     """The linear schedule p(t) = (1 − eps)·t + eps of LLaDA (arXiv 2502.09992)."""
     return (1 - eps) * t + eps
+
+
+def masked_count(t: Tensor, n: Tensor) -> Tensor:
+    """l = ⌊t·N⌋ + 1, in 1..N: uniform t gives a uniform count, stratified t a stratified one.
+
+    t [R] in [0, 1), n [R] the number N of eligible positions. [R], long.
+    """
+    return ((t * n).long() + 1).minimum(n)
+
+
+def ranks(u: Tensor, eligible: Tensor) -> Tensor:
+    """Each eligible position's rank in its row's order of u: a uniform permutation of 0..N−1.
+
+    The positions that are not eligible come after. [R, L], long.
+    """
+    return u.masked_fill(~eligible, torch.inf).argsort(1).argsort(1)
 
 
 class Bernoulli:
@@ -69,21 +89,146 @@ class Mirror:
         return Views(mask, (1 / p).expand(2, -1))
 
 
+class Independent:
+    """A pair of independent masks from the same x0 and t, loss (l1 + l2) / 2: a control.
+
+    What MIRROR gains over this is due to the negative correlation; the rest of its gain is that
+    of a second forward. The second noise is u's lower 27 bits, which are independent of the
+    upper 26: u' = 2²⁶·u mod 1 (the first mask is decided by the upper bits but for 2⁻²⁶).
+    """
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = eps
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
+        p = masking_rate(t, self.eps)
+        second = (u * 2**26) % 1
+        mask = torch.stack((u < p[:, None], second < p[:, None])) & eligible
+        return Views(mask, (1 / p).expand(2, -1))
+
+
+class Systematic:
+    """Systematic sampling: a grid of step 1/p with one offset, over a random permutation.
+
+    With o ~ U(0, 1) per row, the position of rank r is masked if the grid has a point in
+    (r, r + 1]: ⌊(r + 1)·p + o⌋ − ⌊r·p + o⌋ = 1. Each marginal is p, and the count ⌊N·p + o⌋ is
+    ⌊N·p⌋ or ⌈N·p⌉: the count's own noise, a part of A, is gone. Our reading of the paper's
+    *SyRM*, of which only the name and that it acts on A are known to us.
+
+    The offset is Σu mod 1 over the eligible positions: uniform, and independent of the
+    permutation because it is a symmetric function of u.
+    """
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = eps
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
+        p = masking_rate(t, self.eps)
+        offset = (u.masked_fill(~eligible, 0).sum(1) % 1)[:, None]
+        rank = ranks(u, eligible)
+        step = p[:, None]
+        mask = (torch.floor((rank + 1) * step + offset) > torch.floor(rank * step + offset)) & (
+            eligible
+        )
+        return Views(mask[None], 1 / p[None])
+
+
 class FixedCount:
     """Exactly l positions are masked, l ~ U{1..N}, each set of l equally likely; weight N/l.
 
     The objective with t integrated out (eps = 0; LLaDA's Eq. 6): ∫₀¹ t^(l−1) (1 − t)^(N−l) dt
     = 1 / (l · C(N, l)), so E_t E_m [1/t · Σ CE] = Σ_l 1/l · mean over |S| = l of Σ CE. Each
     count has the same share of that sum, and no view is empty. It is exact for the NELBO:
-    there is no eps. l = ⌊t·N⌋ + 1, so a stratified t gives stratified counts. It takes a
-    uniform t; one that carries importance weights is drawn over t, not over counts, and stays
-    unbiased too.
+    there is no eps. It acts on A and B.
+
+    Under a density q of t, the count l has the probability p(l) = ∫ q over [(l−1)/N, l/N), and
+    J = Σ_l (1/N)·L_l = E_{l~p}[L_l / (N·p(l))], L_l = E_m[(1/N)·(N/l)·Σ CE]: the importance
+    weight is 1 / (N·p(l)). Its variance is least for p(l) ∝ sqrt(g(l)² + v(l)), the root of
+    the second moment of what one view gives at l: ``ParetoOptimal`` probes just that, because
+    it probes with the masking in use.
     """
+
+    by_count = True
 
     def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
         n = eligible.sum(1)
-        count = ((t * n).long() + 1).minimum(n)
-        # A row's rank order of u over its eligible positions is a uniform permutation.
-        order = u.masked_fill(~eligible, torch.inf).argsort(1).argsort(1)
-        mask = (order < count[:, None]) & eligible
+        count = masked_count(t, n)
+        mask = (ranks(u, eligible) < count[:, None]) & eligible
         return Views(mask[None], (n / count.clamp(min=1)).to(t.dtype)[None])
+
+
+class Complement:
+    """A pair over one random permutation: its first l positions, and its last l' = N + 1 − l.
+
+    l and l' are both U{1..N}, so each view, with weight N/l and N/l', is ``FixedCount`` and the
+    mean of both is unbiased. Every position is masked in one of them (one in both), and a light
+    mask is paired with a heavy one. Ours; it acts on A and B, for two forwards per row.
+
+    Under a density q of t, l has the probability p(l) and the pair the importance weight
+    1 / (N·p(l)): E = Σ_l p(l) · (L_l + L_{N+1−l}) / (2·N·p(l)) = (1/N)·Σ_l L_l, since l ↦ N+1−l
+    maps {1..N} to itself. The best p is ∝ the root of the pair's second moment, which is the
+    same at l and N + 1 − l; ``ParetoOptimal`` probes the pair.
+    """
+
+    by_count = True
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
+        n = eligible.sum(1)
+        first = masked_count(t, n)
+        last = n + 1 - first
+        rank = ranks(u, eligible)
+        mask = torch.stack((rank < first[:, None], rank >= (n - last)[:, None])) & eligible
+        return Views(mask, torch.stack((n / first.clamp(min=1), n / last)).to(t.dtype))
+
+
+class Rotation:
+    """k masks from one u: MIRROR to k views, loss (l1 + … + lk) / k, k forwards per row.
+
+    With Bernoulli masks, m_j = 1[(u + j/k) mod 1 < p]: each alone is Bernoulli(p), and a position
+    is masked in ⌊k·p⌋ or ⌈k·p⌉ of the k. With ``fixed_count``, the k masks are l consecutive
+    places, from ⌊j·N/k⌋ on, of one random permutation that closes in a ring: each alone is
+    ``FixedCount`` of the same l. Ours; it acts on A.
+
+    Args:
+        k: number of views, 2 or more.
+        fixed_count: masks of l positions in place of Bernoulli masks.
+        eps: of the masking rate, for Bernoulli masks.
+
+    Raises:
+        ValueError: if k is below 2.
+    """
+
+    def __init__(self, k: int = 2, fixed_count: bool = False, eps: float = 1e-3) -> None:
+        if k < 2:
+            raise ValueError(f"k is {k}: a rotation has 2 views or more")
+        self.k = k
+        self.by_count = fixed_count
+        self.eps = eps
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
+        turn = torch.arange(self.k)[:, None, None]
+        if not self.by_count:
+            p = masking_rate(t, self.eps)
+            mask = ((u + turn / self.k) % 1 < p[:, None]) & eligible
+            return Views(mask, (1 / p).expand(self.k, -1))
+        n = eligible.sum(1)
+        count = masked_count(t, n)
+        ring = n.clamp(min=1)[:, None]
+        place = (ranks(u, eligible) - turn * ring // self.k) % ring
+        mask = (place < count[:, None]) & eligible
+        return Views(mask, (n / count.clamp(min=1)).to(t.dtype).expand(self.k, -1))
+
+
+class NextToken:
+    """Not diffusion: an autoregressive model's loss, the line to compare variances with.
+
+    Every eligible token is predicted from the clean tokens before it: no masking pattern and no
+    masking rate, so A = B = 0. Needs a causal model and ``loss.shift: True``; t is not used.
+    """
+
+    causal = True
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
+        return Views(
+            eligible[None], torch.ones(1, len(t), dtype=t.dtype), torch.zeros_like(eligible)[None]
+        )

@@ -8,8 +8,12 @@ with n = rows × ranks × accumulation steps, and every rank keeps the rows that
 E over the sampler of ``weight · f(t)`` equals ∫₀¹ f(t) dt for every f: that is what makes
 each of them an estimator of the same objective.
 
-To add one, write a class with this ``__call__`` and name it in the config by dotted path.
+To add one, write a class with this ``__call__`` and name it in the config by dotted path. One
+that draws from a density q keeps it as ``density``; one that learns from the losses has
+``update``; both save what they learnt by ``state_dict`` and ``load_state_dict``.
 """
+
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +29,79 @@ def stratified_uniform(n: int, generator: Generator) -> Tensor:
     return (strata + torch.rand(n, generator=generator, dtype=torch.float64)) / n
 
 
+class Density:
+    """A probability density on [0, 1], linear between knots: pdf, cdf and quantile are exact.
+
+    Args:
+        knots: [K], increasing, from 0 to 1.
+        values: [K], > 0, the density at the knots up to a factor.
+
+    Raises:
+        ValueError: on knots that are not so, or a value that is not positive and finite.
+    """
+
+    def __init__(self, knots: Tensor, values: Tensor) -> None:
+        self.knots, values = knots.double(), values.double()
+        if self.knots[0] != 0 or self.knots[-1] != 1 or not (self.knots.diff() > 0).all():
+            raise ValueError("the knots of a density increase from 0 to 1")
+        if not ((values > 0) & values.isfinite()).all():
+            raise ValueError("a density is positive and finite at each of its knots")
+        self.values = values / torch.trapezoid(values, self.knots)
+        steps = self.knots.diff() * (self.values[1:] + self.values[:-1]) / 2
+        self._cdf = torch.cat((torch.zeros(1, dtype=torch.float64), steps.cumsum(0)))
+        self._slopes = self.values.diff() / self.knots.diff()
+
+    def mixed(self, weight: float) -> "Density":
+        """(1 − weight)·q + weight: at least ``weight`` everywhere, so 1/q ≤ 1/weight."""
+        return Density(self.knots, (1 - weight) * self.values + weight)
+
+    def _segment(self, edges: Tensor, x: Tensor) -> Tensor:
+        return (torch.searchsorted(edges, x, right=True) - 1).clamp(0, len(self._slopes) - 1)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """q(t)."""
+        k = self._segment(self.knots, t)
+        return self.values[k] + self._slopes[k] * (t - self.knots[k])
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """∫ q over [0, t]."""
+        k = self._segment(self.knots, t)
+        d = t - self.knots[k]
+        return self._cdf[k] + d * (self.values[k] + self._slopes[k] * d / 2)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The t at which the cdf is u."""
+        u = u * self._cdf[-1]  # 1, but for rounding
+        k = self._segment(self._cdf, u)
+        rest, left = u - self._cdf[k], self.values[k]
+        # The root of left·d + slope·d²/2 = rest, in the form that does not cancel.
+        d = 2 * rest / (left + (left * left + 2 * self._slopes[k] * rest).clamp(min=0).sqrt())
+        return torch.minimum(self.knots[k] + d, self.knots[k + 1])
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Knots and values, as plain numbers."""
+        return {"knots": self.knots.tolist(), "values": self.values.tolist()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, list[float]]) -> "Density":
+        return cls(torch.tensor(state["knots"]).double(), torch.tensor(state["values"]).double())
+
+
+def uniform_density() -> Density:
+    """q(t) = 1."""
+    return Density(torch.tensor([0.0, 1.0]), torch.ones(2))
+
+
+def count_weight(density: Density, t: Tensor, n: Tensor) -> Tensor:
+    """The importance weight of the count l = ⌊t·N⌋ + 1 under t ~ q: 1 / (N·p(l)).
+
+    p(l) = ∫ q over [(l−1)/N, l/N). It is E[1/q(t) | l], so it has no more variance than 1/q(t)
+    and the same mean (Rao–Blackwell). t [R], n [R]: N of each row. [R], fp64.
+    """
+    lower = (t * n).long().minimum(n - 1).double()
+    return 1 / (n * (density.cdf((lower + 1) / n) - density.cdf(lower / n)))
+
+
 class Uniform:
     """t ~ U(0, 1), independently for each row; weight 1 (the paper's *Standard*)."""
 
@@ -37,10 +114,168 @@ class Stratified:
     """t ~ U(0, 1) with exactly one draw in each of n equal strata of (0, 1); weight 1.
 
     Our reading of the paper's *StraTS*; low-discrepancy t as in Kingma et al. 2021. n is
-    the global batch, so the whole of (0, 1) is covered in every optimizer step. It removes
-    nearly all of B's share within a batch that comes from t alone.
+    the global batch, so the whole of (0, 1) is covered in every optimizer step. It removes from
+    B what the mean over the data varies with t.
     """
 
     def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         t = stratified_uniform(n, generator)
         return t, torch.ones_like(t)
+
+
+class Clipped:
+    """t ~ U(low, high), stratified; weight 1 (the paper's *Clipped*; BD3-LM, Arriola et al. 2025).
+
+    **Biased**: its mean is J restricted to (low, high), 1/(high − low) · ∫ over (low, high) of
+    E[l | t] dt, not J. It trades that bias for B, by leaving out the rates whose losses are
+    heavy-tailed (small t) or say little (large t).
+
+    Args:
+        low, high: 0 ≤ low < high ≤ 1. BD3-LM searches for them; (0.3, 0.8) is among its choices.
+
+    Raises:
+        ValueError: if they are not so.
+    """
+
+    def __init__(self, low: float = 0.3, high: float = 0.8) -> None:
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"low {low} and high {high}: use 0 <= low < high <= 1")
+        self.low, self.high = low, high
+
+    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        u = stratified_uniform(n, generator)
+        return self.low + (self.high - self.low) * u, torch.ones_like(u)
+
+
+class ParetoOptimal:
+    """t ~ q, weight 1/q(t), with q near q* ∝ sqrt(g(t)² + v(t)) (the paper's *P-POTS*).
+
+    g(t) = E[l | t] and v(t) = E_{x0} Var_m(l | x0, t). For an estimator l/q(t), t ~ q, the
+    second moment is ∫ (g² + v)/q dt, least at q*: harder t come more often and count less each.
+    The recipe probes the model with the masking in use, fits q (``mdm_plugin.pareto``) and sets
+    ``density``. Here, unlike in the paper, q covers all of (0, 1), is mixed with the uniform
+    density so that weights stay below 1/mix, and is drawn stratified over the global batch by
+    inverse cdf; all of this is unbiased.
+
+    Args:
+        family: ``"epr"``, the paper's parametric family; ``"piecewise"``, linear between the
+            points of the probe.
+        target: what q is best for: ``"loss"``, as in the paper, or ``"gradient"``, with the second
+            moment of the gradient in place of g² + v: its variance is the one that
+            training feels.
+        mix: λ of q = (1 − λ)·p + λ, in (0, 1].
+        grid, rows, masks: the probe has grid values of t × rows × masks; forwards for the loss,
+            forwards and backwards for the gradient.
+        refit_every_n_steps: probe and fit again; None for once, at the start.
+
+    Raises:
+        ValueError: on a value out of range.
+    """
+
+    def __init__(
+        self,
+        family: Literal["epr", "piecewise"] = "epr",
+        target: Literal["loss", "gradient"] = "gradient",
+        mix: float = 0.05,
+        grid: int = 30,
+        rows: int = 10,
+        masks: int = 10,
+        refit_every_n_steps: int | None = None,
+    ) -> None:
+        if family not in ("epr", "piecewise"):
+            raise ValueError(f"family is {family!r}: use epr or piecewise")
+        if target not in ("loss", "gradient"):
+            raise ValueError(f"target is {target!r}: use loss or gradient")
+        if not 0 < mix <= 1:
+            raise ValueError(f"mix is {mix}: use more than 0, up to 1")
+        for name, value, least in (("grid", grid, 3), ("rows", rows, 1), ("masks", masks, 2)):
+            if value < least:
+                raise ValueError(f"{name} is {value}: use {least} or more")
+        if refit_every_n_steps is not None and refit_every_n_steps < 1:
+            raise ValueError(f"refit_every_n_steps is {refit_every_n_steps}: use 1 or more")
+        self.family, self.target, self.mix = family, target, mix
+        self.grid, self.rows, self.masks = grid, rows, masks
+        self.refit_every_n_steps = refit_every_n_steps
+        self.density: Density | None = None  # until the probe
+
+    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        if self.density is None:
+            raise RuntimeError("ParetoOptimal draws after its density is fitted: probe first")
+        t = self.density.quantile(stratified_uniform(n, generator))
+        return t, 1 / self.density(t)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"density": self.density.state_dict() if self.density else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.density = Density.from_state_dict(state["density"]) if state["density"] else None
+
+
+class Adaptive:
+    """t ~ q, weight 1/q(t), with q ∝ sqrt(E[l² | t]) as the training losses show it.
+
+    Our reading of the paper's *ISAD*, of which only the name and that it acts on A and B are
+    known to us; close to the loss-second-moment resampling of Nichol and Dhariwal 2021. Each
+    step's row losses go into ``bins`` equal bins of t, as sums that decay, and q is linear
+    between the bins' middles. A step's q depends on earlier steps alone, so it is unbiased;
+    stratified over the global batch. Needs no probe, and follows the model.
+
+    Args:
+        bins: of t.
+        decay: of the sums, per step, in [0, 1).
+        mix: λ of q = (1 − λ)·p + λ, in (0, 1]: weights stay below 1/λ.
+        warmup_rows: rows that every bin must have seen, until when q is uniform.
+
+    Raises:
+        ValueError: on a value out of range.
+    """
+
+    def __init__(
+        self, bins: int = 20, decay: float = 0.98, mix: float = 0.1, warmup_rows: int = 20
+    ) -> None:
+        if bins < 2 or not 0 <= decay < 1 or not 0 < mix <= 1 or warmup_rows < 1:
+            raise ValueError(
+                f"bins {bins} (2 or more), decay {decay} (0 up to below 1), mix {mix} (above 0, up "
+                f"to 1), warmup_rows {warmup_rows} (1 or more): one is out of its range"
+            )
+        self.bins, self.decay, self.mix, self.warmup_rows = bins, decay, mix, warmup_rows
+        self.seen = torch.zeros(bins, dtype=torch.long)
+        self.sums = torch.zeros(2, bins, dtype=torch.float64)  # of l², of rows; both decay
+        self.density = uniform_density()
+
+    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        t = self.density.quantile(stratified_uniform(n, generator))
+        return t, 1 / self.density(t)
+
+    def tally(self, t: Tensor, losses: Tensor) -> Tensor:
+        """What some rows add: [2, bins], to be summed over micro-batches and ranks.
+
+        t [R] and losses [R]: the row losses l, without importance weights.
+        """
+        index = (t * self.bins).long().clamp(0, self.bins - 1)
+        added = torch.zeros(2, self.bins, dtype=torch.float64)
+        values = torch.stack((losses.double().square(), torch.ones_like(losses).double()))
+        return added.index_add_(1, index, values)
+
+    def update(self, tally: Tensor) -> None:
+        """Add the tally of a whole optimizer step, and renew q."""
+        self.sums = self.decay * self.sums + tally
+        self.seen += tally[1].round().long()
+        self._renew()
+
+    def _renew(self) -> None:
+        if int(self.seen.min()) < self.warmup_rows:
+            return
+        root = (self.sums[0] / self.sums[1].clamp(min=1e-12)).sqrt()
+        root = root.clamp(min=float(root.max()) * 1e-6 + 1e-12)
+        middle = (torch.arange(self.bins, dtype=torch.float64) + 0.5) / self.bins
+        knots = torch.cat((middle.new_zeros(1), middle, middle.new_ones(1)))
+        self.density = Density(knots, torch.cat((root[:1], root, root[-1:]))).mixed(self.mix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen.tolist(), "sums": self.sums.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = torch.tensor(state["seen"])
+        self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self._renew()

@@ -3,84 +3,29 @@
     tune run mdm_full_finetune --config quickstart
     tune run --nproc_per_node 8 mdm_full_finetune --config my.yaml batch_size=2
 
+Every option with its default: ``mdm_plugin/training/options.py``.
 One code path for one process and for many (FSDP2, HSDP), on CPU and CUDA.
 """
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
 
 from mdm_plugin.data import GlobalBatches
 from mdm_plugin.noise import keyed_generator
-from mdm_plugin.training.checks import check_data, check_resume, check_sizes
+from mdm_plugin.training.checks import check_data, check_estimator, check_resume, check_sizes
 from mdm_plugin.training.config import instantiate, parse
 from mdm_plugin.training.distributed import World, build_model, distributed, initialize_parameters
 from mdm_plugin.training.metrics import StepMetrics, progress_bar
-from mdm_plugin.training.step import corrupt, forward_loss
+from mdm_plugin.training.options import Options
+from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
+from mdm_plugin.training.step import backward, corrupt, global_normalizer
 from mdm_plugin.training.validation import validate
-
-
-@dataclass
-class Options:
-    """The config's top-level keys, their types and defaults. Names are torchtune's."""
-
-    # Components: {_component_: dotted.path, argument: value, …}
-    tokenizer: dict[str, Any] = MISSING
-    model: dict[str, Any] = MISSING
-    dataset: dict[str, Any] = MISSING
-    optimizer: dict[str, Any] = MISSING
-    loss: dict[str, Any] = MISSING
-    timesteps: dict[str, Any] = MISSING
-    masking: dict[str, Any] = MISSING
-    checkpointer: dict[str, Any] = MISSING
-    metric_logger: dict[str, Any] = MISSING
-    lr_scheduler: dict[str, Any] | None = None
-    dataset_val: dict[str, Any] | None = None
-    profiler: dict[str, Any] | None = None
-    prepare: dict[str, Any] | None = None  # called once before anything else
-
-    # Where and how
-    output_dir: str = MISSING
-    device: str = "cuda"
-    dtype: str = "bf16"
-    seed: int = 0
-    resume_from_checkpoint: Any = False  # True: the newest in output_dir; or a step_N directory
-
-    # Steps and batches
-    batch_size: int = MISSING  # rows per rank and micro-batch
-    gradient_accumulation_steps: int = 1
-    global_batch_size: int | None = None  # if set, gradient_accumulation_steps follows from it
-    epochs: int = 1
-    max_steps_per_epoch: int | None = None
-    shuffle: bool = True
-    train_eos_padding: bool = True  # LLaDA: EOS fills the batch and is learnt; else it is ignored
-    pad_to_multiple_of: int = 1
-    clip_grad_norm: float | None = None
-
-    # Memory and speed
-    compile: bool = False
-    enable_activation_checkpointing: bool = False
-    enable_activation_offloading: bool = False
-    fsdp_cpu_offload: bool = False
-    fsdp_reshard_after_forward: bool = True
-    data_parallel_shard_dim: int = -1
-    data_parallel_replicate_dim: int = 1
-
-    # What is shown and kept
-    log_every_n_steps: int = 1
-    save_every_n_epochs: int = 1  # and at the end
-    save_every_n_steps: int | None = None  # besides
-    keep_last_n: int | None = None
-    run_val_every_n_steps: int | None = None  # and before the first and after the last step
-    val_draws: int = 8  # forwards per validation row
-    sample_rows: int = 4  # validation prompts that the model completes at each validation
-    sample_new_tokens: int = 64
-    sample_steps: int = 32
 
 
 class MDMFullFinetune:
@@ -134,6 +79,7 @@ class MDMFullFinetune:
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
         )
         check_data(self.model, self.tokenizer, self.rows, self.rows_val)
+        check_estimator(self.timesteps, self.masking, self.loss, self.model)
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
@@ -142,6 +88,7 @@ class MDMFullFinetune:
         else:
             self.say("no checkpoint_dir: starting from random weights")
             initialize_parameters(self.model, cfg.seed)
+        self.ema = instantiate(cfg, "ema", self.model)
         self.optimizer = instantiate(cfg, "optimizer", list(self.model.parameters()))
         self.lr_scheduler = None
         if cfg.lr_scheduler is not None:
@@ -163,6 +110,10 @@ class MDMFullFinetune:
             self.checkpointer.load_optimizer(world, checkpoint, self.model, self.optimizer)
             if self.lr_scheduler:
                 self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.ema:
+                self.checkpointer.load_average(self.model, checkpoint, self.ema)
+            if state["timesteps"] and hasattr(self.timesteps, "load_state_dict"):
+                self.timesteps.load_state_dict(state["timesteps"])
             self.first_step = state["step"]
             self.say(f"resuming from {checkpoint}, step {self.first_step} of {self.total_steps}")
         elif world.rank == 0 and (aside := self.checkpointer.set_aside()):
@@ -188,6 +139,8 @@ class MDMFullFinetune:
         bar = progress_bar(world, total=self.total_steps, initial=self.first_step)
         with self.profiler, bar:
             for step in range(self.first_step, self.total_steps):
+                if probe_due(self.timesteps, step):
+                    self.fit_timesteps(step)
                 self.train_step(step)
                 done = step + 1
                 bar.update()
@@ -218,22 +171,24 @@ class MDMFullFinetune:
         epoch, within = divmod(step, self.steps_per_epoch)
         place = epoch * self.batches.steps_per_epoch + within
         t, importance = self.timesteps(self.batches.size, keyed_generator(cfg.seed, "t", place))
+        density = getattr(self.timesteps, "density", None)
+        mask_id = self.tokenizer.mask_id
         micro_batches = [
-            corrupt(batch, t, importance, self.masking, self.loss, self.tokenizer.mask_id)
+            corrupt(batch, t, importance, self.masking, self.loss, mask_id, density)
             for batch in self.batches.micro_batches(place)
         ]
-        # One normaliser for the whole global batch, so that its gradient does not depend on how
-        # ranks and micro-batches split it.
-        normalizer = torch.stack([batch.normalizer for batch in micro_batches]).sum()
-        normalizer = world.sum(normalizer.float()).clamp(min=1)
+        normalizer = global_normalizer(micro_batches, world)
+        tally = None
         for batch in micro_batches:
-            batch = batch.to(world.device)
-            with self.offloading:
-                weighted_sum, ce = forward_loss(self.model, self.loss, batch)
-            loss = weighted_sum / normalizer
-            # FSDP averages gradients over ranks; the loss is a sum over them.
-            (loss * world.size).backward()
-            self.metrics.micro_batch(batch, loss, ce)
+            loss, losses = backward(
+                self.model, self.loss, batch, normalizer, world, self.offloading
+            )
+            self.metrics.micro_batch(batch, loss, losses)
+            if hasattr(self.timesteps, "tally"):
+                added = self.timesteps.tally(batch.t, losses.cpu())
+                tally = added if tally is None else tally + added
+        if tally is not None:
+            self.timesteps.update(world.sum(tally).cpu())
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(),
             max_norm=float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm,
@@ -242,15 +197,43 @@ class MDMFullFinetune:
             grad_norm = grad_norm.full_tensor()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(step)
         self.metrics.step(grad_norm.to(world.device), importance)
 
+    def fit_timesteps(self, step: int) -> None:
+        """P-POTS: probe the model, and fit the density of t to what it shows."""
+        start = time.perf_counter()
+        measured = probe(
+            self.model,
+            self.loss,
+            self.timesteps,
+            self.masking,
+            self.batches,
+            self.tokenizer.mask_id,
+            self.world,
+            step,
+            self.offloading,
+        )
+        report = fit(self.timesteps, measured, self.world)
+        if self.world.rank == 0:
+            write_fit(report, Path(self.cfg.output_dir) / f"timesteps_step_{step}.json")
+            if hasattr(self.metric_logger, "log_figure"):
+                self.metric_logger.log_figure("timesteps", draw_fit(report), step)
+        self.say(
+            f"step {step}/{self.total_steps}: fitted the density of t to {measured.forwards} "
+            f"forwards, KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f}), "
+            f"{time.perf_counter() - start:.1f} s"
+        )
+
     def validate(self, step: int) -> None:
-        """NELBO and completions of the validation rows."""
+        """NELBO and completions of the validation rows, by the averaged weights under EMA."""
         cfg, world = self.cfg, self.world
         start = time.perf_counter()
-        result, samples = validate(
-            self.model, self.rows_val, self.tokenizer, world, cfg, shift=self.loss.shift
-        )
+        with self.ema.applied() if self.ema else nullcontext():
+            result, samples = validate(
+                self.model, self.rows_val, self.tokenizer, world, cfg, shift=self.loss.shift
+            )
         self.metric_logger.log("val/nelbo_nats_per_token", result.nats, step)
         if samples and hasattr(self.metric_logger, "log_text"):
             self.metric_logger.log_text("samples", samples, step)
@@ -265,8 +248,11 @@ class MDMFullFinetune:
             "epoch": step // self.steps_per_epoch,
             "total_steps": self.total_steps,
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+            "timesteps": getattr(self.timesteps, "state_dict", dict)(),
         }
-        path = self.checkpointer.save(self.world, self.model, self.optimizer, step, state, self.cfg)
+        path = self.checkpointer.save(
+            self.world, self.model, self.optimizer, step, state, self.cfg, self.ema
+        )
         self.say(f"step {step}/{self.total_steps}: saved {path}")
 
     def cleanup(self) -> None:

@@ -16,7 +16,7 @@ def a_batch(seed=0, masking=None):
         eligible[row, 2 : 4 + row] = True
     t = torch.rand(R, generator=generator, dtype=torch.float64)
     u = torch.rand(R, L, generator=generator, dtype=torch.float64)
-    mask, inverse_p = (masking or Mirror())(t, u, eligible)
+    mask, inverse_p, _ = (masking or Mirror())(t, u, eligible)
     importance = torch.rand(R, generator=generator, dtype=torch.float64) + 0.5
     hidden = torch.randn(2 * R, L, D, generator=generator, dtype=torch.float64)
     head = torch.nn.Linear(D, V, bias=False, dtype=torch.float64)

@@ -24,7 +24,9 @@ def test_masking_rate_is_llada_s():
 
 @pytest.mark.parametrize("masking", MASKS, ids=lambda m: type(m).__name__)
 def test_only_eligible_positions_are_masked(masking):
-    mask, inverse_p = masking(torch.rand(R, generator=GENERATOR, dtype=torch.float64), U, ELIGIBLE)
+    mask, inverse_p, _ = masking(
+        torch.rand(R, generator=GENERATOR, dtype=torch.float64), U, ELIGIBLE
+    )
     assert mask.shape[1:] == (R, L)
     assert inverse_p.shape == mask.shape[:2]
     assert mask.any()
@@ -65,7 +67,7 @@ def test_mirror_s_correlation_is_as_derived(p):
 def test_fixed_count_masks_exactly_l_positions():
     for count in range(1, N + 1):
         t = torch.full((R,), (count - 0.5) / N, dtype=torch.float64)
-        mask, inverse_p = FixedCount()(t, U, ELIGIBLE)
+        mask, inverse_p, _ = FixedCount()(t, U, ELIGIBLE)
         assert (mask[0].sum(1) == count).all()
         assert torch.allclose(inverse_p, torch.tensor(N / count, dtype=torch.float64))
         # Each position equally often: a hypergeometric marginal of l/N.
@@ -75,5 +77,7 @@ def test_fixed_count_masks_exactly_l_positions():
 
 
 def test_fixed_count_at_the_ends_of_t():
-    mask, _ = FixedCount()(torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), U[:2], ELIGIBLE[:2])
+    mask, _, _ = FixedCount()(
+        torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), U[:2], ELIGIBLE[:2]
+    )
     assert mask[0].sum(1).tolist() == [1, N]

@@ -53,7 +53,7 @@ def row_losses(
     rows = groups * size
     u = torch.rand(rows, toy.n, generator=generator, dtype=torch.float64)
     eligible = torch.ones(rows, toy.n, dtype=torch.bool)
-    mask, inverse_p = masking(t, u, eligible)
+    mask, inverse_p, _ = masking(t, u, eligible)
     tokens = torch.arange(toy.n).repeat(rows, 1)  # the label of a position is its index
     targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
     code = toy.codes(mask).reshape(-1)

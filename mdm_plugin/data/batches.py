@@ -102,10 +102,17 @@ class GlobalBatches:
         for micro in range(self.accumulation):
             start = (micro * self.ranks + self.rank) * self.batch_size
             places = torch.arange(start, start + self.batch_size)
-            batches.append(self._collate(indices[places], places, step, longest))
+            batches.append(self.collate(indices[places], places, ("mask", step), longest))
         return batches
 
-    def _collate(self, indices: Tensor, places: Tensor, step: int, longest: int) -> Batch:
+    def collate(
+        self, indices: Tensor, places: Tensor, key: tuple[int | str, ...], longest: int
+    ) -> Batch:
+        """Some rows as a batch; the noise of each depends on (seed, *key, its place).
+
+        indices [R], places [R]. longest: the longest row of all that make up one gradient; EOS
+        padding goes as far.
+        """
         rows = [self.rows[int(i)] for i in indices]
         if self.eos_padding_id is None:
             longest = max(len(row.tokens) for row in rows)
@@ -123,5 +130,5 @@ class GlobalBatches:
             attend[i, 0, :n] = True
             # A row's own noise has its own length, or else padding would decide the masks.
             size = n if self.eos_padding_id is None else length
-            u[i, :size] = keyed_uniform(self.seed, "mask", step, place, size=size)
+            u[i, :size] = keyed_uniform(self.seed, *key, place, size=size)
         return Batch(tokens, eligible, attend if self.eos_padding_id is None else None, u, places)

@@ -80,7 +80,7 @@ def nelbo(
             tokens[i, :n], eligible[i, :n], attend[i, 0, :n] = ids, may_be_masked, True
             u[i, :n] = keyed_uniform(seed, "nelbo mask", row, draw, size=n)
             t[i] = stratified_uniform(draws, keyed_generator(seed, "nelbo t", row))[draw]
-        mask, inverse_p = FixedCount()(t, u, eligible)
+        mask, inverse_p, _ = FixedCount()(t, u, eligible)
         # MDMLoss divides by N; the NELBO of a row is the sum over its tokens.
         count = eligible.sum(1)
         targets = loss.targets(tokens, mask, inverse_p, weight * count, count).to(device)

@@ -16,6 +16,7 @@ def llada(
     attn_dropout: float = 0.0,
     norm_eps: float = 1e-5,
     rope_base: float = 500_000.0,
+    causal: bool = False,
 ) -> MDMTransformer:
     """A model of LLaDA's shape.
 
@@ -30,6 +31,7 @@ def llada(
         attn_dropout: dropout on attention weights.
         norm_eps: epsilon of the RMS norms.
         rope_base: base of the rotary embeddings.
+        causal: an autoregressive model of the same shape, to compare with (``masking.NextToken``).
 
     Raises:
         ValueError: if ``embed_dim`` is not ``num_heads`` even-sized heads, or ``num_heads``
@@ -54,5 +56,6 @@ def llada(
             intermediate_dim=intermediate_dim,
             norm_eps=norm_eps,
             rope_base=rope_base,
-        )
+        ),
+        causal,
     )

@@ -39,6 +39,14 @@ class MDMTransformer(TransformerDecoder):
                 f"a sequence of {tokens.shape[1]} tokens exceeds the model's "
                 f"max_seq_len, {self.max_seq_len}"
             )
+        if self.layers[0].attn.is_causal and mask is not None:
+            # An explicit mask replaces the layers' own.
+            mask = (
+                mask
+                & torch.ones(
+                    mask.shape[0], *2 * tokens.shape[1:], dtype=torch.bool, device=mask.device
+                ).tril()
+            )
         h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, mask=mask, input_pos=input_pos)
@@ -46,10 +54,13 @@ class MDMTransformer(TransformerDecoder):
         return self.output(h).float() if head is None else head(self.output, h)
 
 
-def bidirectional(decoder: TransformerDecoder) -> MDMTransformer:
-    """Any torchtune decoder made an ``MDMTransformer``, with the same layers and parameters."""
+def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTransformer:
+    """Any torchtune decoder made an ``MDMTransformer``, with the same layers and parameters.
+
+    ``causal`` keeps each position from attending to later ones: an autoregressive model.
+    """
     for layer in decoder.layers:
-        layer.attn.is_causal = False
+        layer.attn.is_causal = causal
     return MDMTransformer(
         tok_embeddings=decoder.tok_embeddings,
         layers=decoder.layers,

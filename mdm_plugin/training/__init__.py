@@ -1,6 +1,7 @@
 """What the recipes share."""
 
 from mdm_plugin.training.checkpoint import Checkpointer
+from mdm_plugin.training.ema import EMA
 from mdm_plugin.training.metrics import TensorBoardLogger
 from mdm_plugin.training.schedules import (
     get_cosine_schedule_with_warmup,
@@ -8,6 +9,7 @@ from mdm_plugin.training.schedules import (
 )
 
 __all__ = [
+    "EMA",
     "Checkpointer",
     "TensorBoardLogger",
     "get_cosine_schedule_with_warmup",

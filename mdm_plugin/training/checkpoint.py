@@ -23,14 +23,17 @@ from torch.optim import Optimizer
 
 from mdm_plugin.errors import UserError
 from mdm_plugin.training.distributed import World, full_state_dict, load_safetensors
+from mdm_plugin.training.ema import EMA
 
 _STEP = re.compile(r"step_(\d+)")
+WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"
 
 
 class Checkpointer:
     """Writes ``output_dir/step_N`` and reads it back.
 
-    step_N holds model.safetensors (the weights, whole), optimizer/ (torch.distributed.checkpoint,
+    step_N holds model.safetensors (the weights, whole; their average in ema.safetensors, where one
+    is kept), optimizer/ (torch.distributed.checkpoint,
     sharded), state.json (step, schedule, data place, seed) and config.yaml (resolved). It is
     written under another name, synced to disk and renamed: a kill at any moment leaves the
     earlier checkpoints whole and no half one among them. Several nodes need a shared file system.
@@ -39,7 +42,7 @@ class Checkpointer:
         output_dir: where checkpoints go.
         checkpoint_dir: a directory with the safetensors files to start from; None for random
             weights.
-        checkpoint_files: their names; None for all of them.
+        checkpoint_files: their names; None for model.safetensors, or where there is none, all.
         keep_last_n: older checkpoints are removed; None keeps all.
 
     Raises:
@@ -63,7 +66,8 @@ class Checkpointer:
             directory = Path(checkpoint_dir).expanduser()
             if not directory.is_dir():
                 raise UserError(f"checkpointer.checkpoint_dir: {directory} does not exist")
-            names = checkpoint_files or sorted(f.name for f in directory.glob("*.safetensors"))
+            found = sorted(f.name for f in directory.glob("*.safetensors"))
+            names = checkpoint_files or ([WEIGHTS] if WEIGHTS in found else found)
             self.files = [directory / name for name in names]
             if not self.files:
                 raise UserError(f"checkpointer.checkpoint_dir: {directory} has no *.safetensors")
@@ -119,6 +123,7 @@ class Checkpointer:
         step: int,
         state: Mapping[str, Any],
         cfg: DictConfig,
+        ema: EMA | None = None,
     ) -> Path:
         """Write step_N, then remove what ``keep_last_n`` leaves over. Called on every rank."""
         final = self.output_dir / f"step_{step}"
@@ -127,10 +132,11 @@ class Checkpointer:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         _barrier(world)
-        weights = full_state_dict(model, world)
+        _save_weights(model, world, staging / WEIGHTS)
+        if ema is not None:
+            with ema.applied():
+                _save_weights(model, world, staging / AVERAGE)
         if world.rank == 0:
-            weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(weights, staging / "model.safetensors")
             (staging / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
             OmegaConf.save(cfg, staging / "config.yaml")
         optimizer_state = get_optimizer_state_dict(model, optimizer)
@@ -156,7 +162,22 @@ class Checkpointer:
 
     def load_weights(self, model: nn.Module, checkpoint: Path | None = None) -> None:
         """Fill the model's parameters from ``checkpoint``, else from ``checkpoint_dir``."""
-        load_safetensors(model, [checkpoint / "model.safetensors"] if checkpoint else self.files)
+        load_safetensors(model, [checkpoint / WEIGHTS] if checkpoint else self.files)
+
+    @staticmethod
+    def load_average(model: nn.Module, checkpoint: Path, ema: EMA) -> None:
+        """Fill ``ema`` from ``checkpoint``.
+
+        Raises:
+            UserError: if it holds no average.
+        """
+        if not (checkpoint / AVERAGE).is_file():
+            raise UserError(
+                f"ema: {checkpoint} was written without it: leave it out, or start a new run from "
+                "its weights with checkpointer.checkpoint_dir"
+            )
+        with ema.applied():
+            load_safetensors(model, [checkpoint / AVERAGE])
 
     @staticmethod
     def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -179,6 +200,12 @@ class Checkpointer:
         shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _save_weights(model: nn.Module, world: World, file: Path) -> None:
+    weights = full_state_dict(model, world)
+    if world.rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
 
 
 @contextmanager

@@ -8,7 +8,10 @@ from omegaconf import DictConfig
 
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.errors import UserError
+from mdm_plugin.loss import MDMLoss
+from mdm_plugin.masking import NextToken
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
+from mdm_plugin.timesteps import Adaptive, Clipped, ParetoOptimal, Uniform
 from mdm_plugin.training.distributed import World
 
 
@@ -51,6 +54,48 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
             f"{cfg.batch_size} × {world.size} ranks"
         )
     return int(accumulation)
+
+
+def check_estimator(
+    timesteps: Any, masking: Any, loss: MDMLoss, model: MDMTransformer, where: str = ""
+) -> None:
+    """Refuse what does not go together. ``where`` precedes the keys that the line names.
+
+    Raises:
+        UserError: with the reason.
+    """
+    weighs_t = isinstance(timesteps, ParetoOptimal | Adaptive)
+    if weighs_t and loss.normalize == "masked":
+        raise UserError(
+            f"{where}timesteps: {type(timesteps).__name__} with loss.normalize masked: the mean "
+            "over masked tokens would count each t as often as it is drawn, and undo the weights: "
+            "use response or tokens"
+        )
+    if weighs_t and loss.weight == "ones":
+        raise UserError(
+            f"{where}timesteps: {type(timesteps).__name__} with loss.weight ones: its density is "
+            "the best one for losses weighted by 1/p: use inverse_p"
+        )
+    if getattr(masking, "by_count", False) and isinstance(timesteps, Clipped):
+        raise UserError(
+            f"{where}timesteps: Clipped with {type(masking).__name__}: a clipped t leaves out "
+            "counts, and which ones depends on each row's length: use Bernoulli masks, or Uniform "
+            "or Stratified t"
+        )
+    causal = any(layer.attn.is_causal for layer in model.layers)
+    next_token = isinstance(masking, NextToken)
+    if causal != next_token:
+        raise UserError(
+            f"{where}masking: {type(masking).__name__} with a "
+            f"{'causal' if causal else 'bidirectional'} model: NextToken goes with model.causal: "
+            "True, every other masking without it"
+        )
+    if next_token and not loss.shift:
+        raise UserError(
+            f"{where}masking: NextToken predicts from the token before: set loss.shift: True"
+        )
+    if next_token and not isinstance(timesteps, Uniform):
+        raise UserError(f"{where}timesteps: NextToken uses no t: set it to timesteps.Uniform")
 
 
 def check_data(model: MDMTransformer, tokenizer: ChatTokenizer, *data: Rows | None) -> None:

@@ -216,6 +216,12 @@ def _local(parameter: Tensor) -> tuple[tuple[slice, ...], Tensor]:
     return index, parameter.to_local()
 
 
+def total_norm(model: nn.Module) -> Tensor:
+    """The norm of the whole gradient, the same on every rank."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
     """All parameters on rank 0's CPU, by name; empty elsewhere. Called on every rank."""
     if world.size > 1:

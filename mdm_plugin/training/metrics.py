@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +25,11 @@ class TensorBoardLogger(_TensorBoardLogger):
         """Markdown, on rank 0."""
         if self._writer:
             self._writer.add_text(name, text, global_step=step)
+
+    def log_figure(self, name: str, figure: Any, step: int) -> None:
+        """A matplotlib figure, on rank 0."""
+        if self._writer:
+            self._writer.add_figure(name, figure, global_step=step)
 
     def log_config(self, config: DictConfig) -> None:
         """The resolved config as text."""
@@ -54,18 +60,15 @@ class StepMetrics:
         self._importance_sum = self._importance_max = 0.0
         self._start = time.perf_counter()
 
-    @torch.no_grad()
-    def micro_batch(self, batch: Corrupted, loss: Tensor, ce: Tensor) -> None:
-        """Add a micro-batch: its share of the step's loss, and CE [M] of its masked positions."""
-        row_ce = torch.zeros(len(batch.row_weight), device=ce.device)
-        row_ce.index_add_(0, batch.targets.rows, ce)
-        views = len(batch.row_weight) // len(batch.t)
-        bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1).repeat(views).to(ce.device)
+    def micro_batch(self, batch: Corrupted, loss: Tensor, losses: Tensor) -> None:
+        """Add a micro-batch: its share of the step's loss, and its row losses [R]."""
+        bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1).to(losses.device)
         self._sums[0] += loss.detach()
-        self._sums.index_add_(0, 1 + bins, row_ce * batch.row_weight.to(ce.device))
-        self._sums.index_add_(0, 1 + T_BINS + bins, torch.ones_like(row_ce))
-        counts = [len(ce), batch.eligible * views, batch.noisy.numel()]
-        self._sums[-3:] += torch.tensor(counts, device=ce.device)
+        self._sums.index_add_(0, 1 + bins, losses)
+        self._sums.index_add_(0, 1 + T_BINS + bins, torch.ones_like(losses))
+        views = len(batch.row_weight) // len(batch.t)
+        counts = [len(batch.targets.labels), batch.eligible * views, batch.noisy.numel()]
+        self._sums[-3:] += torch.tensor(counts, device=losses.device)
 
     def step(self, grad_norm: Tensor, importance: Tensor) -> None:
         """Add an optimizer step: its gradient's norm and all rows' importance weights."""

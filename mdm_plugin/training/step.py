@@ -1,5 +1,7 @@
 """The part of a training step that is masked diffusion: noise in, loss out."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -8,6 +10,10 @@ from torch import Generator, Tensor, nn
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.loss import MDMLoss, Targets
 from mdm_plugin.masking import Views
+from mdm_plugin.timesteps import Density, count_weight
+from mdm_plugin.training.distributed import World
+
+NO_OFFLOADING: AbstractContextManager = nullcontext()
 
 
 class TimestepSampler(Protocol):
@@ -47,7 +53,13 @@ class Corrupted(NamedTuple):
 
 
 def corrupt(
-    batch: Batch, t: Tensor, importance: Tensor, masking: Masking, loss: MDMLoss, mask_id: int
+    batch: Batch,
+    t: Tensor,
+    importance: Tensor,
+    masking: Masking,
+    loss: MDMLoss,
+    mask_id: int,
+    density: Density | None = None,
 ) -> Corrupted:
     """Draw the masks of a micro-batch.
 
@@ -57,20 +69,33 @@ def corrupt(
         masking: the sampler of masks.
         loss: gives the masked positions their weights.
         mask_id: the mask token.
+        density: that t was drawn from; None for uniform. Masks by count get its count weights.
     """
     t, importance = t[batch.places], importance[batch.places]
-    mask, inverse_p = masking(t, batch.u, batch.eligible)
-    views, rows, length = mask.shape
+    views = masking(t, batch.u, batch.eligible)
     n = batch.eligible.sum(1)
+    if density is not None and getattr(masking, "by_count", False):
+        importance = count_weight(density, t, n)
+    count, rows, length = views.mask.shape
+    hidden = views.mask if views.hidden is None else views.hidden
     return Corrupted(
-        noisy=torch.where(mask, mask_id, batch.tokens).reshape(views * rows, length),
-        attend=None if batch.attend is None else batch.attend.repeat(views, 1, 1),
-        targets=loss.targets(batch.tokens, mask, inverse_p, importance, n),
-        normalizer=loss.normalizer(mask, n),
+        noisy=torch.where(hidden, mask_id, batch.tokens).reshape(count * rows, length),
+        attend=None if batch.attend is None else batch.attend.repeat(count, 1, 1),
+        targets=loss.targets(batch.tokens, views.mask, views.inverse_p, importance, n),
+        normalizer=loss.normalizer(views.mask, n),
         t=t,
-        row_weight=(inverse_p / n).reshape(-1).float(),
+        row_weight=(views.inverse_p / n).reshape(-1).float(),
         eligible=int(n.sum()),
     )
+
+
+def global_normalizer(micro_batches: Sequence[Corrupted], world: World) -> Tensor:
+    """What the loss of a whole global batch is divided by, summed over micro-batches and ranks.
+
+    One for all, so that the gradient does not depend on how the same global batch is split.
+    """
+    own = torch.stack([batch.normalizer for batch in micro_batches]).sum()
+    return world.sum(own.float()).clamp(min=1)
 
 
 def forward_loss(model: nn.Module, loss: MDMLoss, batch: Corrupted) -> tuple[Tensor, Tensor]:
@@ -80,3 +105,32 @@ def forward_loss(model: nn.Module, loss: MDMLoss, batch: Corrupted) -> tuple[Ten
         mask=batch.attend,
         head=lambda head, hidden: loss(head, hidden, batch.targets),
     )
+
+
+def backward(
+    model: nn.Module,
+    loss: MDMLoss,
+    batch: Corrupted,
+    normalizer: Tensor,
+    world: World,
+    offloading: AbstractContextManager = NO_OFFLOADING,
+) -> tuple[Tensor, Tensor]:
+    """Add a micro-batch's gradient to the parameters'.
+
+    Gives its share of the global batch's loss, a scalar, and its row losses [R], both detached.
+    """
+    batch = batch.to(world.device)
+    with offloading:
+        weighted_sum, ce = forward_loss(model, loss, batch)
+    share = weighted_sum / normalizer
+    # FSDP averages gradients over ranks; the loss is a sum over them.
+    (share * world.size).backward()
+    return share.detach(), row_losses(batch, ce)
+
+
+@torch.no_grad()
+def row_losses(batch: Corrupted, ce: Tensor) -> Tensor:
+    """l of each row, the mean over its views, without importance weight. [R], on ce's device."""
+    totals = torch.zeros(len(batch.row_weight), device=ce.device)
+    totals.index_add_(0, batch.targets.rows, ce)
+    return (totals * batch.row_weight.to(ce.device)).reshape(-1, len(batch.t)).mean(0)

@@ -6,7 +6,7 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, Mirror, masking_rate
 from mdm_plugin.training.distributed import World
 from mdm_plugin.training.metrics import StepMetrics
-from mdm_plugin.training.step import corrupt
+from mdm_plugin.training.step import corrupt, row_losses
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -19,7 +19,7 @@ def test_figures_are_what_their_names_say(masking):
     t = torch.tensor([0.05, 0.55, 0.58, 0.99], dtype=torch.float64)
     importance = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
     metrics = StepMetrics(ALONE)
-    row_losses, masked, tokens = {}, 0, 0
+    by_place, masked, tokens = {}, 0, 0
     for micro in batches.micro_batches(0):
         batch = corrupt(micro, t, importance, masking, loss, mask_id=7)
         ce = torch.arange(len(batch.targets.labels), dtype=torch.float32)
@@ -28,10 +28,10 @@ def test_figures_are_what_their_names_say(masking):
             place = int(micro.places[sequence % 2])
             n, p = int(micro.eligible[sequence % 2].sum()), masking_rate(t[place]).item()
             total = ce[batch.targets.rows == sequence].sum().item()
-            row_losses.setdefault(place, []).append(total / n / p)
+            by_place.setdefault(place, []).append(total / n / p)
         masked += int((batch.noisy == 7).sum())
         tokens += batch.noisy.numel()
-        metrics.micro_batch(batch, torch.tensor(0.25), ce)
+        metrics.micro_batch(batch, torch.tensor(0.25), row_losses(batch, ce))
     metrics.step(torch.tensor(3.0), importance)
     figures = metrics.report()
     assert figures["train/loss"] == pytest.approx(0.5)
@@ -43,7 +43,7 @@ def test_figures_are_what_their_names_say(masking):
     assert ratio == pytest.approx(masked / tokens)
     bins = {"0.0-0.1": [0], "0.5-0.6": [1, 2], "0.9-1.0": [3]}
     for name, places in bins.items():
-        values = [x for place in places for x in row_losses[place]]
+        values = [x for place in places for x in by_place[place]]
         truth = sum(values) / len(values)
         assert figures[f"train_loss_by_t/{name}"] == pytest.approx(truth, rel=1e-5)
     assert sum(name.startswith("train_loss_by_t/") for name in figures) == 3

@@ -1,0 +1,145 @@
+"""P-POTS: from a probe of the model to a density of t (arXiv 2511.18159).
+
+The probe measures, at points t of a grid, the row loss's mean g(t), its variance over masks
+v(t), and the root w(t) of the second moment of what is to be estimated: w = sqrt(g² + v) for
+the loss, w = sqrt(E‖∇l‖²) for the gradient. The best density is ∝ w.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+from torch import Tensor
+
+from mdm_plugin.timesteps import Density, uniform_density
+
+STARTS = 20  # of L-BFGS-B, as in the paper
+KNOTS = 1025  # of a fitted EPR's density; closer together near 0, where it may be steep
+
+
+def probe_grid(family: Literal["epr", "piecewise"], points: int) -> Tensor:
+    """The values of t to probe. [T], fp64, increasing, within (0, 1).
+
+    For EPR the paper's: equally spaced from 1/T to 1 − 1/T. For a piecewise density
+    ((j + ½)/T)², closer together near 0, where few positions are masked and losses have
+    heavy tails.
+    """
+    if family == "epr":
+        return torch.linspace(1 / points, 1 - 1 / points, points, dtype=torch.float64)
+    return ((torch.arange(points, dtype=torch.float64) + 0.5) / points).square()
+
+
+def moments(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """g(t) = E[l | t] and v(t) = E_{x0} Var_m(l | x0, t) from row losses [T, rows, masks].
+
+    A draw without a masked position counts, as the zero that it is. [T] each.
+    """
+    return losses.mean((1, 2)), losses.var(2).mean(1)
+
+
+class EPR(NamedTuple):
+    """The paper's family: g(t) = A·exp(k·t^m), v(t) = a·t^r + b·(1 − t)^q."""
+
+    A: float
+    k: float
+    m: float
+    a: float
+    r: float
+    b: float
+    q: float
+
+    def root(self, t: Tensor) -> Tensor:
+        """sqrt(g(t)² + v(t)), the density up to its factor."""
+        return _log_root(torch.tensor(self, dtype=torch.float64), t).exp()
+
+
+def _log_root(parameters: Tensor, t: Tensor) -> Tensor:
+    A, k, m, a, r, b, q = parameters
+    # In logarithms, so that a steep start of L-BFGS-B does not overflow.
+    log_g2 = 2 * (A.log() + k * t**m)
+    log_v = (a * t**r + b * (1 - t) ** q).clamp(min=1e-300).log()
+    return torch.logaddexp(log_g2, log_v) / 2
+
+
+def _positive(raw: Tensor) -> Tensor:
+    """L-BFGS-B's free numbers to the EPR's: softplus + 1e-9, and 1 + softplus for exponents."""
+    return F.softplus(raw) + torch.tensor([1e-9, 1e-9, 1, 1e-9, 1, 1e-9, 1], dtype=torch.float64)
+
+
+def divergence(w: Tensor, log_p: Tensor, t: Tensor) -> Tensor:
+    """KL(w ‖ p) by the trapezoid rule on t [T], both [T] first normalised by the same rule."""
+    w = w / torch.trapezoid(w, t)
+    step = F.pad(t.diff(), (1, 1))
+    weights = (step[1:] + step[:-1]) / 2
+    log_p = log_p - torch.logsumexp(log_p + weights.log(), 0)
+    return (weights * (torch.xlogy(w, w) - w * log_p)).sum()
+
+
+def fit_epr(t: Tensor, w: Tensor) -> tuple[EPR, float]:
+    """The EPR whose sqrt(g² + v) is nearest to w in KL(w ‖ p), and that KL.
+
+    20 starts of L-BFGS-B, one of them flat; t [T] and w [T] ≥ 0, fp64.
+    """
+    scaled = w / w.mean()
+    random = numpy.random.default_rng(0)
+    starts = random.normal(0.0, 2.0, (STARTS, 7))
+    starts[0] = [0.5, -8, 0, -8, 0, -8, 0]
+
+    def objective(raw: Any) -> tuple[float, Any]:
+        free = torch.tensor(raw, dtype=torch.float64, requires_grad=True)
+        value = divergence(scaled, _log_root(_positive(free), t), t)
+        (gradient,) = torch.autograd.grad(value, free)
+        return float(value.detach()), gradient.numpy()
+
+    best, least = starts[0], float("inf")
+    for start in starts:
+        found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(-20, 30)] * 7)
+        if numpy.isfinite(found.fun) and found.fun < least:
+            best, least = found.x, float(found.fun)
+    return EPR(*_positive(torch.tensor(best, dtype=torch.float64)).tolist()), least
+
+
+class Fit(NamedTuple):
+    """A density of t and how near it is to the probe's w.
+
+    density: already mixed with the uniform one.
+    epr: its parameters, for that family.
+    kl, kl_uniform: KL(w ‖ q) of the mixed density and of the uniform one, on the grid.
+    """
+
+    density: Density
+    epr: EPR | None
+    kl: float
+    kl_uniform: float
+
+
+def fit(t: Tensor, w: Tensor, *, family: Literal["epr", "piecewise"], mix: float) -> Fit:
+    """The density on all of (0, 1) for a probe's w(t) on a grid.
+
+    Args:
+        t: [T], the probe's grid.
+        w: [T], ≥ 0, the root of the second moment at each.
+        family, mix: see ``timesteps.ParetoOptimal``.
+
+    Raises:
+        ValueError: if w is zero everywhere, or not finite.
+    """
+    t, w = t.double(), w.double()
+    if not w.isfinite().all() or not (w > 0).any():
+        raise ValueError("the probe's second moments are zero or not finite: the model is broken")
+    epr = None
+    if family == "epr":
+        epr, _ = fit_epr(t, w)
+        knots = torch.linspace(0, 1, KNOTS, dtype=torch.float64).square()
+        values = epr.root(knots)
+    else:
+        knots = torch.cat((t.new_zeros(1), t, t.new_ones(1)))
+        values = torch.cat((w[:1], w, w[-1:]))
+    # Positive wherever the fit vanishes; the mixture lifts it further.
+    density = Density(knots, values.clamp(min=float(values.max()) * 1e-9)).mixed(mix)
+    kl, kl_uniform = (float(divergence(w, p.log(), t)) for p in (density(t), torch.ones_like(t)))
+    if kl > kl_uniform:  # a fit that is worse than none
+        density, kl = uniform_density(), kl_uniform
+    return Fit(density, epr, kl, kl_uniform)

@@ -1,0 +1,65 @@
+"""The options of the training recipes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Options:
+    """The config's top-level keys, their types and defaults. Names are torchtune's."""
+
+    # Components: {_component_: dotted.path, argument: value, …}
+    tokenizer: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    dataset: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    loss: dict[str, Any] = MISSING
+    timesteps: dict[str, Any] = MISSING
+    masking: dict[str, Any] = MISSING
+    checkpointer: dict[str, Any] = MISSING
+    metric_logger: dict[str, Any] = MISSING
+    lr_scheduler: dict[str, Any] | None = None
+    ema: dict[str, Any] | None = None
+    dataset_val: dict[str, Any] | None = None
+    profiler: dict[str, Any] | None = None
+    prepare: dict[str, Any] | None = None  # called once before anything else
+
+    # Where and how
+    output_dir: str = MISSING
+    device: str = "cuda"
+    dtype: str = "bf16"
+    seed: int = 0
+    resume_from_checkpoint: Any = False  # True: the newest in output_dir; or a step_N directory
+
+    # Steps and batches
+    batch_size: int = MISSING  # rows per rank and micro-batch
+    gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None  # if set, gradient_accumulation_steps follows from it
+    epochs: int = 1
+    max_steps_per_epoch: int | None = None
+    shuffle: bool = True
+    train_eos_padding: bool = True  # LLaDA: EOS fills the batch and is learnt; else it is ignored
+    pad_to_multiple_of: int = 1
+    clip_grad_norm: float | None = None
+
+    # Memory and speed
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+    data_parallel_shard_dim: int = -1
+    data_parallel_replicate_dim: int = 1
+
+    # What is shown and kept
+    log_every_n_steps: int = 1
+    save_every_n_epochs: int = 1  # and at the end
+    save_every_n_steps: int | None = None  # besides
+    keep_last_n: int | None = None
+    run_val_every_n_steps: int | None = None  # and before the first and after the last step
+    val_draws: int = 8  # forwards per validation row
+    sample_rows: int = 4  # validation prompts that the model completes at each validation
+    sample_new_tokens: int = 64
+    sample_steps: int = 32
