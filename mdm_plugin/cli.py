@@ -8,8 +8,12 @@ from torchtune._cli.tune import TuneCLIParser
 
 from mdm_plugin.training.config import config_names, configs_directory
 
-# Which recipe the packaged configs of a directory or name belong to; the first match counts.
-RECIPES = {"mdm_full_finetune": ("",)}
+RECIPES = ("mdm_full_finetune", "mdm_variance")
+
+
+def recipe_of(config: str) -> str:
+    """The recipe that a packaged config is for."""
+    return "mdm_variance" if config.endswith("variance") else "mdm_full_finetune"
 
 
 def recipe_file(name: str) -> Path:
@@ -29,13 +33,13 @@ def register() -> None:
     """
     registry = _recipe_registry.get_all_recipes()
     known = {recipe.name for recipe in registry}
-    for position, (name, prefixes) in enumerate(RECIPES.items()):
+    for position, name in enumerate(RECIPES):
         if name in known:
             continue
         configs = [
             _recipe_registry.Config(name=config, file_path=f"{configs_directory() / config}.yaml")
             for config in config_names()
-            if config.startswith(prefixes)
+            if recipe_of(config) == name
         ]
         recipe = _recipe_registry.Recipe(
             name=name, file_path=str(recipe_file(name)), configs=configs, supports_distributed=True

@@ -54,7 +54,24 @@ def prepare(directory: str) -> None:
     with _lock(home / ".lock_pretrained"):
         if not (home / "pretrained" / "model.safetensors").is_file():
             print("Quickstart: pretraining its model, once", flush=True)
-            _pretrain(home)
+            _train(home, "quickstart_pretrain", "pretrained")
+
+
+def prepare_autoregressive(directory: str) -> None:
+    """``prepare``, and an autoregressive model of the same shape, trained on the same rows.
+
+    Args:
+        directory: gets autoregressive/model.safetensors besides.
+
+    Raises:
+        UserError: if a training fails.
+    """
+    prepare(directory)
+    home = Path(directory).expanduser()
+    with _lock(home / ".lock_autoregressive"):
+        if not (home / "autoregressive" / "model.safetensors").is_file():
+            print("Quickstart: training an autoregressive model, once", flush=True)
+            _train(home, "quickstart_autoregressive", "autoregressive")
 
 
 def prepare_data(directory: str) -> None:
@@ -156,21 +173,22 @@ def _write_tokenizer(home: Path) -> None:
     (home / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def _pretrain(home: Path) -> None:
+def _train(home: Path, config: str, name: str) -> None:
+    """Train by a packaged config; its weights become ``name``/model.safetensors."""
     # In a process of its own, and not as a part of a torchrun that may be running this one.
     drop = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "OMP_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-    command = [sys.executable, "-m", "mdm_full_finetune", "--config", "quickstart_pretrain"]
-    work = home / "pretrain_run"
+    command = [sys.executable, "-m", "mdm_full_finetune", "--config", config]
+    work = home / f"{name}_run"
     done = subprocess.run([*command, f"data_dir={home}", f"output_dir={work}"], env=environment)
     weights = sorted(work.glob("step_*/model.safetensors"))
     if done.returncode or not weights:
-        raise UserError(f"prepare: the pretraining failed (exit code {done.returncode})")
-    staging = home / ".pretrained"
+        raise UserError(f"prepare: {config} failed (exit code {done.returncode})")
+    staging = home / f".{name}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     shutil.copy(weights[-1], staging / "model.safetensors")
-    staging.rename(home / "pretrained")
+    staging.rename(home / name)
 
 
 @cache

@@ -41,12 +41,8 @@ class MDMTransformer(TransformerDecoder):
             )
         if self.layers[0].attn.is_causal and mask is not None:
             # An explicit mask replaces the layers' own.
-            mask = (
-                mask
-                & torch.ones(
-                    mask.shape[0], *2 * tokens.shape[1:], dtype=torch.bool, device=mask.device
-                ).tril()
-            )
+            length = tokens.shape[1]
+            mask = mask & mask.new_ones(length, length).tril()
         h = self.tok_embeddings(tokens)
         for layer in self.layers:
             h = layer(h, mask=mask, input_pos=input_pos)

@@ -109,24 +109,26 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
     return cfg
 
 
-def instantiate(cfg: DictConfig, key: str, *args: Any, **kwargs: Any) -> Any:
+def instantiate(cfg: DictConfig, key: str, *args: Any, where: str = "", **kwargs: Any) -> Any:
     """What ``cfg[key]._component_`` builds, by torchtune's ``instantiate``; None for None.
+
+    ``where`` precedes the key in a message, where ``cfg`` is a part of the config.
 
     Raises:
         UserError: if the component cannot be imported, called so, or refuses a value.
     """
     if cfg[key] is None:
         return None
-    component = _check_arguments(cfg, key)
+    component = _check_arguments(cfg, key, where)
     given = {k: v for k, v in cfg[key].items() if k != "_component_"}
     try:
         inspect.signature(component).bind(*args, **{**given, **kwargs})
     except TypeError as error:
-        raise UserError(f"{key}: {cfg[key]._component_}: {error}") from error
+        raise UserError(f"{where}{key}: {cfg[key]._component_}: {error}") from error
     try:
         return torchtune_config.instantiate(cfg[key], *args, **kwargs)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{key}: {_first_line(error)}") from error
+        raise UserError(f"{where}{key}: {_first_line(error)}") from error
 
 
 def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -161,10 +163,12 @@ def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[]
     return decorate
 
 
-def _check_arguments(cfg: DictConfig, key: str) -> Callable[..., Any]:
+def _check_arguments(cfg: DictConfig, key: str, where: str = "") -> Callable[..., Any]:
     path = cfg[key].get("_component_")
     if not isinstance(path, str):
-        raise UserError(f"{key}._component_: missing: name a class or function by its dotted path")
+        raise UserError(
+            f"{where}{key}._component_: missing: name a class or function by its dotted path"
+        )
     if os.getcwd() not in sys.path:  # as torchtune does: a user's own file may be the component
         sys.path.append(os.getcwd())
     try:
@@ -172,13 +176,14 @@ def _check_arguments(cfg: DictConfig, key: str) -> Callable[..., Any]:
         parameters = inspect.signature(component).parameters
     except (InstantiationError, ValueError, TypeError, ImportError) as error:
         raise UserError(
-            f"{key}._component_: {path} cannot be imported: {_last_cause(error)}"
+            f"{where}{key}._component_: {path} cannot be imported: {_last_cause(error)}"
         ) from error
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in cfg[key]:
             if name != "_component_" and name not in parameters:
                 raise UserError(
-                    f"{key}.{name}: {path} takes no such argument{_suggest(name, parameters)}"
+                    f"{where}{key}.{name}: {path} takes no such argument"
+                    f"{_suggest(name, parameters)}"
                 )
     return component
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -220,6 +221,30 @@ def total_norm(model: nn.Module) -> Tensor:
     """The norm of the whole gradient, the same on every rank."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def folded_gradient(
+    model: nn.Module, dimensions: int | None, seed: int = 0, rank: int = 0
+) -> Tensor:
+    """This rank's part of the gradient as one vector, [D], fp32; whole if ``dimensions`` is None.
+
+    Else folded to that many: coordinate i goes to i mod ``dimensions`` with a random sign, the
+    same at each call. E over signs of an inner product is that of the whole vectors, with a
+    relative error of about sqrt(2 / dimensions) for a squared norm.
+    """
+    parts = []
+    for name, parameter in named_parameters(model).items():
+        if parameter.grad is None:
+            continue
+        grad = parameter.grad
+        flat = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().flatten().float()
+        if dimensions is not None:
+            generator = keyed_generator(seed, "signs", name, rank)
+            signs = torch.randint(2, flat.shape, generator=generator, dtype=torch.int8) * 2 - 1
+            flat = flat * signs.to(flat.device)
+            flat = F.pad(flat, (0, -len(flat) % dimensions)).view(-1, dimensions).sum(0)
+        parts.append(flat)
+    return torch.cat(parts) if dimensions is None else torch.stack(parts).sum(0)
 
 
 def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:

@@ -63,3 +63,36 @@ class Options:
     sample_rows: int = 4  # validation prompts that the model completes at each validation
     sample_new_tokens: int = 64
     sample_steps: int = 32
+
+
+@dataclass
+class VarianceOptions:
+    """mdm_variance's top-level keys, their types and defaults."""
+
+    tokenizer: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    dataset: dict[str, Any] = MISSING
+    loss: dict[str, Any] = MISSING
+    checkpointer: dict[str, Any] = MISSING
+    # name: {timesteps: component, masking: component}; the first is what others are compared with
+    estimators: dict[str, Any] = MISSING
+    # {model: component, checkpointer: component}: its variance is the line to compare with
+    autoregressive: dict[str, Any] | None = None
+    metric_logger: dict[str, Any] | None = None
+    prepare: dict[str, Any] | None = None
+
+    output_dir: str = MISSING
+    device: str = "cuda"
+    dtype: str = "fp32"
+    seed: int = 0
+    batch_size: int = MISSING  # rows per rank; those of all ranks draw t together
+    batches: int = 96  # how many batches of rows; every estimator has four draws of each
+    batches_per_round: int = 16  # figures are renewed after each round
+    projection: int | None = None  # dimensions that gradients are folded to; None: exact
+    warmup_batches: int = 50  # of losses that an Adaptive sampler sees first
+    train_eos_padding: bool = True
+    compile: bool = False
+    enable_activation_checkpointing: bool = False
+    fsdp_cpu_offload: bool = False
+    fsdp_reshard_after_forward: bool = True
+    data_parallel_shard_dim: int = -1
