@@ -110,27 +110,29 @@ class Independent:
 class Systematic:
     """Systematic sampling: a grid of step 1/p with one offset, over a random permutation.
 
-    With o ~ U(0, 1) per row, the position of rank r is masked if the grid has a point in
-    (r, r + 1]: ⌊(r + 1)·p + o⌋ − ⌊r·p + o⌋ = 1. Each marginal is p, and the count ⌊N·p + o⌋ is
-    ⌊N·p⌋ or ⌈N·p⌉: the count's own noise, a part of A, is gone. Our reading of the paper's
-    *SyRM*, of which only the name and that it acts on A are known to us.
+    With p = t and o ~ U(0, 1) per row, the position of rank r is masked if the grid has a point
+    in (r, r + 1]: ⌊(r + 1)·p + o⌋ − ⌊r·p + o⌋ = 1. Each marginal is p, and the count l =
+    ⌊N·p + o⌋ is ⌊N·p⌋ or ⌈N·p⌉: the count's own noise, a part of A, is gone. Our reading of the
+    paper's *SyRM*, of which only the name and that it acts on A are known to us.
+
+    The weight is not 1/p: at a given p these sets are not Bernoulli's, and CE_i depends on the
+    whole set, so 1/p would be biased for J although the marginals are right. Over uniform t the
+    count l has the probability P_l = 1/N, for l = N half of that, and J = (1/N)·Σ_l (1/l)·E[Σ CE
+    | l] (``FixedCount``) asks for the weight 1/(l·P_l): N/l, and 2 for l = N. No count, no loss.
 
     The offset is Σu mod 1 over the eligible positions: uniform, and independent of the
     permutation because it is a symmetric function of u.
     """
 
-    def __init__(self, eps: float = 1e-3) -> None:
-        self.eps = eps
-
     def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
-        p = masking_rate(t, self.eps)
+        n = eligible.sum(1)
         offset = (u.masked_fill(~eligible, 0).sum(1) % 1)[:, None]
-        rank = ranks(u, eligible)
-        step = p[:, None]
-        mask = (torch.floor((rank + 1) * step + offset) > torch.floor(rank * step + offset)) & (
-            eligible
-        )
-        return Views(mask[None], 1 / p[None])
+        rank, p = ranks(u, eligible), t[:, None]
+        points = torch.floor((rank + 1) * p + offset) - torch.floor(rank * p + offset)
+        mask = (points > 0) & eligible
+        count = mask.sum(1)
+        weight = torch.where(count == n, 2.0, n / count.clamp(min=1)).to(t.dtype)
+        return Views(mask[None], weight[None])
 
 
 class FixedCount:

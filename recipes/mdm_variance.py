@@ -98,8 +98,9 @@ class MDMVariance:
         self.estimators = []
         for name, parts in cfg.estimators.items():
             where = f"estimators.{name}."
-            if not isinstance(parts, DictConfig) or set(parts) != {"timesteps", "masking"}:
-                raise UserError(f"{where[:-1]}: give it timesteps and masking, and nothing else")
+            given = {key for key, x in parts.items() if x} if isinstance(parts, DictConfig) else {}
+            if given != {"timesteps", "masking"}:
+                raise UserError(f"{where[:-1]}: give it timesteps and masking, both, and no more")
             timesteps = instantiate(parts, "timesteps", where=where)
             masking = instantiate(parts, "masking", where=where)
             check_estimator(timesteps, masking, loss, model, where)

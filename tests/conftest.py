@@ -62,7 +62,13 @@ def command(tmp_path, data_dir):
     """Run a command in an empty directory, as a user would; its CompletedProcess."""
 
     def run(*arguments, check=True, timeout=300, cwd=None, **environment):
-        env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **environment}
+        # One thread each: the models are tiny, and tests run side by side.
+        env = {
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            **environment,
+        }
         env.pop("MDM_TRACEBACK", None)
         done = subprocess.run(
             [str(a) for a in arguments],

@@ -1,8 +1,23 @@
+import json
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mdm_plugin.data import GlobalBatches, Rows
 from mdm_plugin.noise import keyed_generator
-from mdm_plugin.timesteps import Stratified, Uniform, stratified_uniform
+from mdm_plugin.timesteps import (
+    Adaptive,
+    Clipped,
+    Density,
+    ParetoOptimal,
+    Stratified,
+    Uniform,
+    count_weight,
+    stratified_uniform,
+    uniform_density,
+)
 
 SAMPLERS = [Uniform(), Stratified()]
 
@@ -48,3 +63,134 @@ def test_sampler_depends_on_its_generator_alone(sampler):
     first = sampler(8, keyed_generator(3))[0]
     torch.manual_seed(2)
     assert torch.equal(sampler(8, keyed_generator(3))[0], first)
+
+
+def density_of(values, mix=0.05):
+    x = torch.linspace(0, 1, len(values), dtype=torch.float64).square()
+    return Density(x, torch.tensor(values, dtype=torch.float64)).mixed(mix)
+
+
+DENSITIES = st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=40).map(density_of)
+
+
+@settings(max_examples=50, deadline=None)
+@given(DENSITIES)
+def test_a_mixed_density_is_bounded_below_and_integrates_to_one(density):
+    t = torch.cat((torch.linspace(0, 1, 20_001).double(), density.knots)).unique()
+    q = density(t)
+    assert q.min() >= 0.05 * (1 - 1e-9)
+    assert float(torch.trapezoid(q, t)) == pytest.approx(1, abs=1e-6)  # exact: linear in between
+    assert torch.allclose(density.cdf(t[1:]), torch.cumulative_trapezoid(q, t), atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(DENSITIES, st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=20))
+def test_quantile_inverts_the_cdf(density, u):
+    u = torch.tensor(u, dtype=torch.float64)
+    t = density.quantile(u)
+    assert ((t >= 0) & (t <= 1)).all()
+    assert torch.allclose(density.cdf(t), u, atol=1e-9)
+    assert torch.allclose(density.quantile(density.cdf(t)), t, atol=1e-7)
+
+
+@settings(max_examples=50, deadline=None)
+@given(DENSITIES, st.integers(1, 30))
+def test_count_weights_add_up(density, n):
+    """Σ_l p(l) · 1/(N·p(l)) = 1, with p(l) from quadrature."""
+    t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    weight = count_weight(density, t, torch.full((n,), n))
+    edges = torch.arange(n + 1, dtype=torch.float64) / n
+    p = density.cdf(edges).diff()
+    assert torch.allclose(weight * p, torch.full((n,), 1 / n, dtype=torch.float64))
+
+
+def fitted(values=(5, 1, 0.3, 2.0)):
+    sampler = ParetoOptimal()
+    sampler.density = density_of(values)
+    return sampler
+
+
+def test_a_million_draws_are_of_the_density():
+    """Kolmogorov distance at the 99.9 % limit, of independent draws."""
+    density = fitted().density
+    n = 1_000_000
+    u = torch.rand(n, generator=keyed_generator(4), dtype=torch.float64)
+    t = density.quantile(u).sort().values
+    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    cdf = density.cdf(t)
+    distance = torch.maximum(steps[1:] - cdf, cdf - steps[:-1]).max()
+    assert distance < 1.95 / n**0.5
+    assert ((steps[1:] - t).abs().max()) > 0.05  # which is far from the uniform density
+
+
+@pytest.mark.parametrize("sampler", [Stratified(), fitted(), Adaptive(), Clipped(0.2, 0.7)])
+@pytest.mark.parametrize(("ranks", "accumulation"), [(r, a) for r in (1, 2, 4) for a in (1, 2)])
+def test_one_t_per_stratum_of_the_global_batch_for_any_split(sampler, ranks, accumulation):
+    rows = Rows(([1] * 5, [True] * 5) for _ in range(16))
+    per_rank = 16 // ranks // accumulation
+    t = []
+    for rank in range(ranks):
+        batches = GlobalBatches(
+            rows,
+            batch_size=per_rank,
+            ranks=ranks,
+            rank=rank,
+            accumulation=accumulation,
+            seed=0,
+            pad_id=0,
+        )
+        drawn, _ = sampler(batches.size, keyed_generator(0, "t", 3))
+        t += [drawn[batch.places] for batch in batches.micro_batches(3)]
+    t = torch.cat(t)
+    if isinstance(sampler, Clipped):
+        u = (t - 0.2) / 0.5
+    else:
+        u = (getattr(sampler, "density", None) or uniform_density()).cdf(t)
+    assert sorted((u * 16).long().tolist()) == list(range(16))
+
+
+def test_pareto_optimal_weights_are_bounded_and_it_wants_a_density_first():
+    t, weight = fitted((1e6, 1, 1, 1))(1000, keyed_generator(0))
+    assert torch.allclose(weight, 1 / fitted((1e6, 1, 1, 1)).density(t))
+    assert weight.max() <= 20
+    with pytest.raises(RuntimeError, match="probe first"):
+        ParetoOptimal()(8, keyed_generator(0))
+
+
+def test_states_come_back():
+    sampler, adaptive = fitted(), Adaptive(bins=4, warmup_rows=1)
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+    adaptive.update(adaptive.tally(t, 1 + t))
+    for one, other in ((sampler, ParetoOptimal()), (adaptive, Adaptive(bins=4, warmup_rows=1))):
+        other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+        assert torch.equal(other(64, keyed_generator(1))[0], one(64, keyed_generator(1))[0])
+
+
+def test_adaptive_finds_the_root_of_the_second_moment():
+    sampler = Adaptive(bins=10, decay=0.9, mix=0.01, warmup_rows=5)
+    for step in range(100):
+        t, weight = sampler(64, keyed_generator(step))
+        assert step > 0 or (weight == 1).all()
+        sampler.update(sampler.tally(t, 3 * t))
+    middle = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    low, high = sampler.density(middle)
+    assert float(high / low) == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: ParetoOptimal(family="spline"), "family"),
+        (lambda: ParetoOptimal(target="both"), "target"),
+        (lambda: ParetoOptimal(mix=0), "mix"),
+        (lambda: ParetoOptimal(masks=1), "masks"),
+        (lambda: ParetoOptimal(refit_every_n_steps=0), "refit"),
+        (lambda: Adaptive(decay=1.0), "decay"),
+        (lambda: Clipped(0.8, 0.3), "low"),
+        (lambda: Density(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])), "positive"),
+        (lambda: Density(torch.tensor([0.1, 1.0]), torch.ones(2)), "from 0 to 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mdm_plugin.timesteps import count_weight
+
 
 class Toy:
     """A row of N tokens, and CE_i(S) for each of its 2^N masks S and each i in S."""
@@ -54,6 +56,8 @@ def row_losses(
     u = torch.rand(rows, toy.n, generator=generator, dtype=torch.float64)
     eligible = torch.ones(rows, toy.n, dtype=torch.bool)
     mask, inverse_p, _ = masking(t, u, eligible)
+    if getattr(masking, "by_count", False) and getattr(sampler, "density", None) is not None:
+        importance = count_weight(sampler.density, t, eligible.sum(1))
     tokens = torch.arange(toy.n).repeat(rows, 1)  # the label of a position is its index
     targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
     code = toy.codes(mask).reshape(-1)
