@@ -50,11 +50,7 @@ def prepare(directory: str) -> None:
         UserError: if the pretraining fails.
     """
     prepare_data(directory)
-    home = Path(directory).expanduser()
-    with _lock(home / ".lock_pretrained"):
-        if not (home / "pretrained" / "model.safetensors").is_file():
-            print("Quickstart: pretraining its model, once", flush=True)
-            _train(home, "quickstart_pretrain", "pretrained")
+    _train_once(directory, "quickstart_pretrain", "pretrained")
 
 
 def prepare_autoregressive(directory: str) -> None:
@@ -67,11 +63,7 @@ def prepare_autoregressive(directory: str) -> None:
         UserError: if a training fails.
     """
     prepare(directory)
-    home = Path(directory).expanduser()
-    with _lock(home / ".lock_autoregressive"):
-        if not (home / "autoregressive" / "model.safetensors").is_file():
-            print("Quickstart: training an autoregressive model, once", flush=True)
-            _train(home, "quickstart_autoregressive", "autoregressive")
+    _train_once(directory, "quickstart_autoregressive", "autoregressive")
 
 
 def prepare_data(directory: str) -> None:
@@ -171,6 +163,15 @@ def _write_tokenizer(home: Path) -> None:
         "chat_template": TEMPLATE,
     }
     (home / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _train_once(directory: str, config: str, name: str) -> None:
+    """Make ``name``/model.safetensors by a packaged config, if missing; one process does."""
+    home = Path(directory).expanduser()
+    with _lock(home / f".lock_{name}"):
+        if not (home / name / "model.safetensors").is_file():
+            print(f"Quickstart: training its {name} model, once", flush=True)
+            _train(home, config, name)
 
 
 def _train(home: Path, config: str, name: str) -> None:

@@ -17,8 +17,14 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import ParetoOptimal
 from mdm_plugin.training.distributed import World, total_norm
-from mdm_plugin.training.step import NO_OFFLOADING, Masking, backward, corrupt, row_losses
-from mdm_plugin.training.step import forward_loss as forward
+from mdm_plugin.training.step import (
+    NO_OFFLOADING,
+    Masking,
+    backward,
+    corrupt,
+    forward_loss,
+    row_losses,
+)
 
 
 class Probe(NamedTuple):
@@ -91,7 +97,7 @@ def probe(
             else:
                 noisy = noisy.to(world.device)
                 with torch.no_grad():
-                    row = row_losses(noisy, forward(model, loss, noisy)[1])
+                    row = row_losses(noisy, forward_loss(model, loss, noisy)[1])
             losses[j, places.to(world.device), m] += row * real.to(world.device)
         if by_gradient:
             second[j] += total_norm(model).double().cpu() ** 2 / (rows * masks)
