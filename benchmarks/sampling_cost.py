@@ -2,8 +2,10 @@
 
     python benchmarks/sampling_cost.py
 
-The quickstart's model and rows; both are timed in turn in one run, and the median of the ratios
-over steps is shown. The quickstart's data must be there: run ``make demo`` once.
+The quickstart's model and rows. Every step is timed in three parts, one after the other: sampling
+(noise, t and masks), the rest of the preparation (rows laid out, targets), and the training step on
+them. Shown are medians over steps of their shares of the whole. The quickstart's data must be
+there: run ``make demo`` once.
 """
 
 import time
@@ -12,7 +14,7 @@ import torch
 
 from mdm_plugin.data import GlobalBatches
 from mdm_plugin.masking import Bernoulli, Complement, FixedCount, Mirror, Systematic
-from mdm_plugin.noise import keyed_generator
+from mdm_plugin.noise import keyed_generator, keyed_uniform
 from mdm_plugin.timesteps import Density, ParetoOptimal
 from mdm_plugin.training.config import instantiate, load_config
 from mdm_plugin.training.distributed import World, build_model, initialize_parameters
@@ -40,31 +42,31 @@ def main() -> None:
     loss = instantiate(cfg, "loss")
     sampler = ParetoOptimal()
     sampler.density = Density(torch.linspace(0, 1, 1025), torch.linspace(3, 0.5, 1025))
-    print(f"{'masking':12} {'share of a step':>16}   noise + t + masks, ms   step, ms")
+    print(f"{'masking':12} {'sampling':>10} {'+ layout':>10}   sampling, ms   whole step, ms")
     for masking in (Bernoulli(), FixedCount(), Systematic(), Mirror(), Complement()):
-        sampling, steps = [], []
+        timed = []
         for step in range(STEPS):
-            start = time.perf_counter()
-            # Laying out the rows is a part of it: the noise is drawn there.
-            micro = batches.micro_batches(step)
+            batch = batches.micro_batches(step)[0]
+            times = [time.perf_counter()]
+            u = keyed_uniform(0, "mask", step, places=batch.places, length=batch.u.shape[1])
             t, weight = sampler(batches.size, keyed_generator(0, "t", step))
-            noisy = [
-                corrupt(x, t, weight, masking, loss, tokenizer.mask_id, sampler.density)
-                for x in micro
-            ]
-            drawn = time.perf_counter()
-            normalizer = global_normalizer(noisy, world)
-            for batch in noisy:
-                backward(model, loss, batch, normalizer, world)
+            masking(t, u, batch.eligible)
+            times.append(time.perf_counter())
+            batch = batches.micro_batches(step)[0]
+            noisy = corrupt(batch, t, weight, masking, loss, tokenizer.mask_id, sampler.density)
+            times.append(time.perf_counter())
+            backward(model, loss, noisy, global_normalizer([noisy], world), world)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            sampling.append(drawn - start)
-            steps.append(time.perf_counter() - start)
-        half = STEPS // 2
-        ratio = sorted(a / b for a, b in zip(sampling, steps, strict=True))[half]
+            times.append(time.perf_counter())
+            timed.append(times)
+        sampling, layout, training = torch.tensor(timed, dtype=torch.float64).diff().T
+        # The second part draws the noise and the masks again, so it holds the first.
+        whole = layout + training
+        shares = [float((part / whole).median()) for part in (sampling, layout)]
         print(
-            f"{type(masking).__name__:12} {ratio:16.2%}   {1e3 * sorted(sampling)[half]:21.2f}   "
-            f"{1e3 * sorted(steps)[half]:8.1f}"
+            f"{type(masking).__name__:12} {shares[0]:10.2%} {shares[1]:10.2%}   "
+            f"{1e3 * float(sampling.median()):12.2f}   {1e3 * float(whole.median()):14.1f}"
         )
 
 

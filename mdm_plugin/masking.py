@@ -51,7 +51,8 @@ def ranks(u: Tensor, eligible: Tensor) -> Tensor:
 
     The positions that are not eligible come after. [R, L], long.
     """
-    return u.masked_fill(~eligible, torch.inf).argsort(1).argsort(1)
+    order = u.masked_fill(~eligible, torch.inf).argsort(1)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(u.shape[1]).expand_as(order))
 
 
 class Bernoulli:

@@ -10,6 +10,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+_BLOCK = 64
+
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator whose state depends on ``key`` alone, e.g. ``(seed, "t", step)``.
@@ -22,6 +24,19 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def keyed_uniform(*key: int | str, size: int) -> Tensor:
-    """``size`` numbers of U[0, 1) in fp64 that depend on ``key`` alone."""
-    return torch.rand(size, generator=keyed_generator(*key), dtype=torch.float64)
+def keyed_uniform(*key: int | str, places: Tensor, length: int) -> Tensor:
+    """U[0, 1) of rows at some places of a global batch. [R, length], fp64.
+
+    places [R], ≥ 0. Number j of place i depends on (key, i, j) alone: not on which other places
+    are asked for, and not on ``length``, so that padding decides nothing. Places are drawn in
+    blocks of 64, one generator each: a generator of its own for every row would cost many times
+    as much, and one for the whole batch would have each rank draw the noise of all.
+    """
+    u = torch.empty(len(places), length, dtype=torch.float64)
+    blocks = places // _BLOCK
+    for block in blocks.unique().tolist():
+        generator = keyed_generator(*key, block)
+        drawn = torch.rand(length, _BLOCK, generator=generator, dtype=torch.float64)
+        here = blocks == block
+        u[here] = drawn.T[places[here] % _BLOCK]
+    return u

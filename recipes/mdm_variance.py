@@ -10,6 +10,7 @@ split into A (masking pattern), B (masking rate) and C (data), with 95 % interva
 Every option with its default: ``VarianceOptions`` in ``mdm_plugin/training/options.py``.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,7 +159,7 @@ class MDMVariance:
                     f"KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f})"
                 )
                 if self.world.rank == 0:
-                    stem = estimator.name.replace(" ", "_").replace("/", "_")
+                    stem = re.sub(r"\W+", "_", estimator.name).strip("_")
                     write_fit(report, self.output_dir / f"timesteps_{stem}.json")
                     draw_fit(report).savefig(self.output_dir / f"timesteps_{stem}.png", dpi=120)
             if hasattr(sampler, "tally"):

@@ -113,22 +113,15 @@ class GlobalBatches:
         indices [R], places [R]. longest: the longest row of all that make up one gradient; EOS
         padding goes as far.
         """
-        rows = [self.rows[int(i)] for i in indices]
-        if self.eos_padding_id is None:
-            longest = max(len(row.tokens) for row in rows)
+        eos = self.eos_padding_id
+        if eos is None:
+            longest = int(self.rows.lengths[indices].max())
         length = -(-longest // self.multiple) * self.multiple
         length = length if self.max_len is None else min(length, max(self.max_len, longest))
-        fill = self.pad_id if self.eos_padding_id is None else self.eos_padding_id
-        tokens = torch.full((len(rows), length), fill)
-        eligible = torch.full((len(rows), length), self.eos_padding_id is not None)
-        attend = torch.full((len(rows), 1, length), self.eos_padding_id is not None)
-        u = torch.ones(len(rows), length, dtype=torch.float64)
-        for i, (row, place) in enumerate(zip(rows, places.tolist(), strict=True)):
-            n = len(row.tokens)
-            tokens[i, :n] = row.tokens
-            eligible[i, :n] = row.eligible
-            attend[i, 0, :n] = True
-            # A row's own noise has its own length, or else padding would decide the masks.
-            size = n if self.eos_padding_id is None else length
-            u[i, :size] = keyed_uniform(self.seed, *key, place, size=size)
-        return Batch(tokens, eligible, attend if self.eos_padding_id is None else None, u, places)
+        tokens, eligible, real = self.rows.padded(
+            indices, length, self.pad_id if eos is None else eos
+        )
+        u = keyed_uniform(self.seed, *key, places=places, length=length)
+        if eos is not None:
+            return Batch(tokens, eligible | ~real, None, u, places)
+        return Batch(tokens, eligible, real[:, None], u, places)

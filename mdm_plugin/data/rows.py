@@ -52,6 +52,17 @@ class Rows(torch.utils.data.Dataset[Row]):
         place = slice(int(self._ends[index]), int(self._ends[index + 1]))
         return Row(self._tokens[place].long(), self._eligible[place])
 
+    def padded(self, indices: Tensor, length: int, fill: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Some rows, filled to ``length``: tokens, eligible, and what is no filling; [R, length].
+
+        indices [R], of rows of ``length`` tokens or fewer.
+        """
+        column = torch.arange(length)
+        real = column < self.lengths[indices][:, None]
+        place = torch.where(real, self._ends[indices][:, None] + column, 0)
+        tokens = torch.where(real, self._tokens[place].long(), fill)
+        return tokens, self._eligible[place] & real, real
+
     def __str__(self) -> str:
         text = f"{len(self)} rows, {int(self.lengths.sum())} tokens"
         return f"{text}; {self.report}" if self.report else text

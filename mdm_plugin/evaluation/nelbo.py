@@ -58,28 +58,24 @@ def nelbo(
     was_training = model.training
     model.eval()
     loss = MDMLoss("response", "inverse_p", shift, chunk_size)
-    jobs = [(row, draw) for row in range(len(rows)) for draw in range(draws)]
-    # Under FSDP2 every rank must run as many forwards: short shares are filled with job 0, unused.
-    steps = -(-len(jobs) // (batch_size * ranks))
+    # Job i is draw i mod `draws` of row i // `draws`. Under FSDP2 every rank must run as many
+    # forwards: short shares are filled with job 0, unused.
+    jobs = len(rows) * draws
+    steps = -(-jobs // (batch_size * ranks))
     sums = torch.zeros(1, dtype=torch.float64)
     for step in range(steps):
         start = (step * ranks + rank) * batch_size
-        mine = jobs[start : start + batch_size]
+        mine = torch.arange(start, min(start + batch_size, jobs))
         weight = torch.ones(max(len(mine), 1), dtype=torch.float64)
-        if not mine:
-            mine, weight = jobs[:1], torch.zeros(1, dtype=torch.float64)
-        batch = [rows[row] for row, _ in mine]
-        length = max(len(row.tokens) for row in batch)
-        tokens = torch.full((len(batch), length), pad_id)
-        eligible = torch.zeros(len(batch), length, dtype=torch.bool)
-        attend = torch.zeros(len(batch), 1, length, dtype=torch.bool)
-        u = torch.ones(len(batch), length, dtype=torch.float64)
-        t = torch.empty(len(batch), dtype=torch.float64)
-        for i, ((row, draw), (ids, may_be_masked)) in enumerate(zip(mine, batch, strict=True)):
-            n = len(ids)
-            tokens[i, :n], eligible[i, :n], attend[i, 0, :n] = ids, may_be_masked, True
-            u[i, :n] = keyed_uniform(seed, "nelbo mask", row, draw, size=n)
-            t[i] = stratified_uniform(draws, keyed_generator(seed, "nelbo t", row))[draw]
+        if not len(mine):
+            mine, weight = torch.zeros(1, dtype=torch.long), weight * 0
+        row, draw = mine // draws, mine % draws
+        tokens, eligible, real = rows.padded(row, int(rows.lengths[row].max()), pad_id)
+        u = keyed_uniform(seed, "nelbo mask", places=mine, length=tokens.shape[1])
+        counts = [
+            stratified_uniform(draws, keyed_generator(seed, "nelbo t", i)) for i in row.tolist()
+        ]
+        t = torch.stack(counts)[torch.arange(len(mine)), draw]
         mask, inverse_p, _ = FixedCount()(t, u, eligible)
         # MDMLoss divides by N; the NELBO of a row is the sum over its tokens.
         count = eligible.sum(1)
@@ -87,7 +83,7 @@ def nelbo(
         noisy = torch.where(mask[0], mask_id, tokens).to(device)
         total, _ = model(
             noisy,
-            mask=attend.to(device),
+            mask=real[:, None].to(device),
             head=lambda head, hidden, targets=targets: loss(head, hidden, targets),
         )
         sums += total.double().cpu()
