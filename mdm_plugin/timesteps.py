@@ -166,7 +166,8 @@ class ParetoOptimal:
         target: what q is best for: ``"loss"``, as in the paper, or ``"gradient"``, with the second
             moment of the gradient in place of g² + v: its variance is the one that
             training feels.
-        mix: λ of q = (1 − λ)·p + λ, in (0, 1].
+        mix: λ of q = (1 − λ)·p + λ, in (0, 1]. A small probe can miss the rare large losses of
+            some t; λ bounds what that costs, and costs little itself (docs/variance.md).
         grid, rows, masks: the probe has grid values of t × rows × masks; forwards for the loss,
             forwards and backwards for the gradient.
         refit_every_n_steps: probe and fit again; None for once, at the start.
@@ -179,7 +180,7 @@ class ParetoOptimal:
         self,
         family: Literal["epr", "piecewise"] = "epr",
         target: Literal["loss", "gradient"] = "gradient",
-        mix: float = 0.05,
+        mix: float = 0.2,
         grid: int = 30,
         rows: int = 10,
         masks: int = 10,
