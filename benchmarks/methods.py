@@ -60,13 +60,14 @@ def train(output: Path, method: str, seed: int) -> dict[str, Any]:
     ]
     tune = Path(sys.executable).with_name("tune")
     command = [str(tune), "run", "mdm_full_finetune", "--config", "quickstart", *overrides]
-    subprocess.run(command, check=True)
+    weights = run / f"step_{STEPS}"
+    if not weights.is_dir():
+        subprocess.run(command, check=True)
 
     cfg = load_config("quickstart", overrides, Options)
     world = World(0, 1, torch.device("cpu"), None)
     model = build_model(lambda: instantiate(cfg, "model"), world, dtype=torch.float32)
     home = Path(cfg.tokenizer.path)
-    weights = run / f"step_{STEPS}" / "model.safetensors"
     bound, match = measure(model, weights, home, name)
     found = {
         "method": method,
@@ -82,10 +83,11 @@ def train(output: Path, method: str, seed: int) -> dict[str, Any]:
 def scalars(directory: Path, tag: str) -> list[tuple[int, float]]:
     """(step, value) of a TensorBoard scalar."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
     events.Reload()
-    return [(x.step, x.value) for x in events.Scalars(tag)]
+    return [(x.step, float(make_ndarray(x.tensor_proto))) for x in events.Tensors(tag)]
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> None:

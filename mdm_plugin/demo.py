@@ -19,16 +19,17 @@ from mdm_plugin.evaluation import NELBO, ExactMatch, exact_match, nelbo
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.quickstart import prepare, verify
 from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model, load_safetensors
+from mdm_plugin.training.distributed import World, build_model
 from mdm_plugin.training.options import Options
+from mdm_plugin.training.weights import Weights
 
 # The longest answer of the quickstart's data has 23 tokens, EOS included.
 NEW_TOKENS = STEPS = 24
 
 
 def measure(model: nn.Module, weights: Path, home: Path, label: str) -> tuple[NELBO, ExactMatch]:
-    """NELBO and exact match on the held-out rows with the weights of a file."""
-    load_safetensors(model, [weights])
+    """NELBO and exact match on the held-out rows with the weights of a checkpoint."""
+    Weights(weights).load(model)
     tokenizer = ChatTokenizer(str(home))
     test = home / "test.jsonl"
     rows: list[dict[str, Any]] = [json.loads(line) for line in test.open()]
@@ -63,7 +64,7 @@ def main() -> None:
     prepare(str(home))
     world = World(0, 1, torch.device("cpu"), None)
     model = build_model(lambda: instantiate(cfg, "model"), world, dtype=torch.float32)
-    before = measure(model, home / "pretrained" / "model.safetensors", home, "the pretrained model")
+    before = measure(model, home / "pretrained", home, "the pretrained model")
 
     command = ["run", "mdm_full_finetune", "--config", "quickstart", *overrides]
     print(f"\n$ tune {' '.join(command)}\n", flush=True)
@@ -72,7 +73,7 @@ def main() -> None:
     if done.returncode:
         sys.exit(done.returncode)
     checkpoint = max(run.glob("step_*"), key=lambda d: int(d.name.removeprefix("step_")))
-    after = measure(model, checkpoint / "model.safetensors", home, "the fine-tuned model")
+    after = measure(model, checkpoint, home, "the fine-tuned model")
 
     rows = [json.loads(line) for line in (home / "test.jsonl").open()]
     print("\nFive completions of held-out problems by the fine-tuned model:\n")

@@ -20,7 +20,7 @@ from mdm_plugin.data import GlobalBatches
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training.checks import check_data, check_estimator, check_resume, check_sizes
 from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import World, build_model, distributed, initialize_parameters
+from mdm_plugin.training.distributed import World, build_model, distributed
 from mdm_plugin.training.metrics import StepMetrics, progress_bar
 from mdm_plugin.training.options import Options
 from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
@@ -83,13 +83,12 @@ class MDMFullFinetune:
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
-        if checkpoint or self.checkpointer.files:
-            self.checkpointer.load_weights(self.model, checkpoint)
-        else:
+        if not checkpoint and self.checkpointer.weights is None:
             self.say("no checkpoint_dir: starting from random weights")
-            initialize_parameters(self.model, cfg.seed)
+        self.checkpointer.load_weights(self.model, cfg.seed, checkpoint)
         self.ema = instantiate(cfg, "ema", self.model)
-        self.optimizer = instantiate(cfg, "optimizer", list(self.model.parameters()))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = instantiate(cfg, "optimizer", trained)
         self.lr_scheduler = None
         if cfg.lr_scheduler is not None:
             self.lr_scheduler = instantiate(

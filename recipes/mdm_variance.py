@@ -39,7 +39,6 @@ from mdm_plugin.training.distributed import (
     build_model,
     distributed,
     folded_gradient,
-    initialize_parameters,
 )
 from mdm_plugin.training.options import VarianceOptions
 from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
@@ -136,11 +135,9 @@ class MDMVariance:
             reshard_after_forward=options.fsdp_reshard_after_forward,
         )
         checkpointer = instantiate(cfg, "checkpointer", where=where)
-        if checkpointer.files:
-            checkpointer.load_weights(model)
-        else:
+        if checkpointer.weights is None:
             self.say(f"{where}checkpointer: no checkpoint_dir: random weights")
-            initialize_parameters(model, options.seed)
+        checkpointer.load_weights(model, options.seed)
         return model.train()
 
     def fit_samplers(self) -> None:

@@ -1,7 +1,24 @@
 """Models with bidirectional attention, on torchtune's transformer layers, and their tokenizers."""
 
-from mdm_plugin.models.llada import llada
+from mdm_plugin.models.autoregressive import from_autoregressive
+from mdm_plugin.models.dream import dream, dream_7b, lora_dream, lora_dream_7b, qlora_dream_7b
+from mdm_plugin.models.llada import llada, llada_8b, lora_llada, lora_llada_8b, qlora_llada_8b
 from mdm_plugin.models.tokenizer import ChatTokenizer
 from mdm_plugin.models.transformer import MDMTransformer, bidirectional
 
-__all__ = ["ChatTokenizer", "MDMTransformer", "bidirectional", "llada"]
+__all__ = [
+    "ChatTokenizer",
+    "MDMTransformer",
+    "bidirectional",
+    "dream",
+    "dream_7b",
+    "from_autoregressive",
+    "llada",
+    "llada_8b",
+    "lora_dream",
+    "lora_dream_7b",
+    "lora_llada",
+    "lora_llada_8b",
+    "qlora_dream_7b",
+    "qlora_llada_8b",
+]

@@ -1,8 +1,21 @@
 """LLaDA (arXiv 2502.09992): Llama with full attention, without biases, with an untied head."""
 
-from torchtune.models.llama2 import llama2
+from functools import partial
+from typing import Any
 
-from mdm_plugin.models.transformer import MDMTransformer, bidirectional
+from torchtune.models.llama2 import llama2, lora_llama2
+from torchtune.modules import RotaryPositionalEmbeddings
+
+from mdm_plugin.models.transformer import MDMTransformer, bidirectional, check_heads
+
+# LLaDA-8B Base and Instruct, and LLaDA 1.5: their config.json.
+LLADA_8B: dict[str, Any] = {
+    "vocab_size": 126_464,
+    "num_layers": 32,
+    "num_heads": 32,
+    "embed_dim": 4096,
+    "intermediate_dim": 12_288,
+}
 
 
 def llada(
@@ -20,9 +33,6 @@ def llada(
 ) -> MDMTransformer:
     """A model of LLaDA's shape.
 
-    LLaDA-8B is vocab_size 126464, num_layers 32, num_heads 32, embed_dim 4096,
-    intermediate_dim 12288.
-
     Args:
         vocab_size: number of token ids, the mask token among them.
         num_layers, num_heads, embed_dim, intermediate_dim: the transformer's sizes.
@@ -37,13 +47,7 @@ def llada(
         ValueError: if ``embed_dim`` is not ``num_heads`` even-sized heads, or ``num_heads``
             not a multiple of ``num_kv_heads``.
     """
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if embed_dim % (2 * num_heads):
-        raise ValueError(
-            f"embed_dim {embed_dim} does not split into {num_heads} heads of an even size"
-        )
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
+    num_kv_heads = check_heads(embed_dim, num_heads, num_kv_heads)
     return bidirectional(
         llama2(
             vocab_size=vocab_size,
@@ -59,3 +63,80 @@ def llada(
         ),
         causal,
     )
+
+
+def lora_llada(
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    embed_dim: int,
+    max_seq_len: int,
+    intermediate_dim: int,
+    lora_rank: int,
+    lora_alpha: float,
+    num_kv_heads: int | None = None,
+    attn_dropout: float = 0.0,
+    norm_eps: float = 1e-5,
+    rope_base: float = 500_000.0,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> MDMTransformer:
+    """``llada`` with low-rank adapters, which alone are trained; torchtune's arguments.
+
+    Args:
+        lora_attn_modules: of ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``.
+        apply_lora_to_mlp, apply_lora_to_output: adapters there too.
+        lora_rank, lora_alpha, lora_dropout: r, α (the adapter's factor is α/r) and dropout.
+        use_dora: DoRA, with a learnt magnitude per output.
+        quantize_base: QLoRA: the linear layers' own weights in NF4 (not the head's).
+        vocab_size, num_layers, num_heads, embed_dim, max_seq_len, intermediate_dim, num_kv_heads,
+            attn_dropout, norm_eps, rope_base: as in ``llada``.
+
+    Raises:
+        ValueError: as ``llada``.
+    """
+    num_kv_heads = check_heads(embed_dim, num_heads, num_kv_heads)
+    decoder = lora_llama2(
+        lora_attn_modules=list(lora_attn_modules),
+        apply_lora_to_mlp=apply_lora_to_mlp,
+        apply_lora_to_output=apply_lora_to_output,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        embed_dim=embed_dim,
+        max_seq_len=max_seq_len,
+        intermediate_dim=intermediate_dim,
+        attn_dropout=attn_dropout,
+        norm_eps=norm_eps,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
+        quantize_base=quantize_base,
+    )
+    # lora_llama2 has no argument for the base.
+    rotary = RotaryPositionalEmbeddings(embed_dim // num_heads, max_seq_len, int(rope_base))
+    for layer in decoder.layers:
+        layer.attn.pos_embeddings = rotary
+    return bidirectional(decoder)
+
+
+def llada_8b(max_seq_len: int = 4096) -> MDMTransformer:
+    """LLaDA-8B Base or Instruct, or LLaDA 1.5: 8.02 B parameters, trained at 4,096 tokens."""
+    return llada(**LLADA_8B, max_seq_len=max_seq_len)
+
+
+def lora_llada_8b(
+    lora_attn_modules: list[str], max_seq_len: int = 4096, **arguments: Any
+) -> MDMTransformer:
+    """``llada_8b`` with adapters; ``arguments`` are those of ``lora_llada``."""
+    return lora_llada(lora_attn_modules, **LLADA_8B, max_seq_len=max_seq_len, **arguments)
+
+
+qlora_llada_8b = partial(lora_llada_8b, quantize_base=True)

@@ -1,10 +1,37 @@
 """torchtune's transformer decoder with full attention, and the loss computed inside forward."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from torchtune.modules import TransformerDecoder
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import RotaryPositionalEmbeddings, TransformerDecoder
+
+
+class HalvesRotary(nn.Module):
+    """Rotary embeddings of torchtune's Llama that turn dimension i together with i + d/2.
+
+    torchtune's own turn 2i with 2i + 1, and it reorders the rows of Llama checkpoints' q and k to
+    match. Hugging Face checkpoints are written for halves: with these no weight is reordered, so
+    each rank can read its own rows of a file, and what is written is what was read.
+
+    Args:
+        angles: torchtune's module, which keeps the cosines and sines, [max_seq_len, d/2, 2].
+    """
+
+    def __init__(self, angles: nn.Module) -> None:
+        super().__init__()
+        self.angles = angles
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        """x [B, L, H, d] turned by its positions, 0..L−1 or ``input_pos`` [B, L]; x's dtype."""
+        cache = cast(Tensor, self.angles.cache)
+        turn = cache[: x.shape[1]] if input_pos is None else cache[input_pos]
+        cos, sin = turn.view(-1, x.shape[1], 1, x.shape[-1] // 2, 2).unbind(-1)
+        first, second = x.float().chunk(2, -1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat(turned, -1).type_as(x)
 
 
 class MDMTransformer(TransformerDecoder):
@@ -53,10 +80,15 @@ class MDMTransformer(TransformerDecoder):
 def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTransformer:
     """Any torchtune decoder made an ``MDMTransformer``, with the same layers and parameters.
 
-    ``causal`` keeps each position from attending to later ones: an autoregressive model.
+    Its parameters are laid out as in Hugging Face checkpoints (``HalvesRotary``). ``causal`` keeps
+    each position from attending to later ones: an autoregressive model.
     """
+    rotary = decoder.layers[0].attn.pos_embeddings
+    if isinstance(rotary, RotaryPositionalEmbeddings | Llama3ScaledRoPE):
+        rotary = HalvesRotary(rotary)
     for layer in decoder.layers:
         layer.attn.is_causal = causal
+        layer.attn.pos_embeddings = rotary
     return MDMTransformer(
         tok_embeddings=decoder.tok_embeddings,
         layers=decoder.layers,
@@ -66,3 +98,19 @@ def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTrans
         norm=decoder.norm,
         output=decoder.output,
     )
+
+
+def check_heads(embed_dim: int, num_heads: int, num_kv_heads: int | None) -> int:
+    """The number of heads of keys and values; None for ``num_heads``.
+
+    Raises:
+        ValueError: if the heads do not fit each other or ``embed_dim``.
+    """
+    if embed_dim % (2 * num_heads):
+        raise ValueError(
+            f"embed_dim {embed_dim} does not split into {num_heads} heads of an even size"
+        )
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
+    return num_kv_heads

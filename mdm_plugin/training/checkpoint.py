@@ -13,7 +13,6 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -22,31 +21,41 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from mdm_plugin.errors import UserError
-from mdm_plugin.training.distributed import World, full_state_dict, load_safetensors
+from mdm_plugin.training.distributed import World, adapter_names, initialize_parameters
 from mdm_plugin.training.ema import EMA
+from mdm_plugin.training.weights import (
+    Weights,
+    load_adapters,
+    save_adapters,
+    save_weights,
+)
 
 _STEP = re.compile(r"step_(\d+)")
-WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"
+AVERAGE = "ema"
 
 
 class Checkpointer:
     """Writes ``output_dir/step_N`` and reads it back.
 
-    step_N holds model.safetensors (the weights, whole; their average in ema.safetensors, where one
-    is kept), optimizer/ (torch.distributed.checkpoint,
-    sharded), state.json (step, schedule, data place, seed) and config.yaml (resolved). It is
+    step_N holds the weights (model.safetensors; if they came from a Hugging Face checkpoint, that
+    checkpoint's files, names, configuration and tokenizer), optimizer/
+    (torch.distributed.checkpoint, sharded), state.json (step, schedule, data place, seed) and
+    config.yaml (resolved). A model with adapters is written as PEFT's adapter_model.safetensors and
+    adapter_config.json, and merged besides; an average of the weights goes to ema/. A step is
     written under another name, synced to disk and renamed: a kill at any moment leaves the
     earlier checkpoints whole and no half one among them. Several nodes need a shared file system.
 
     Args:
         output_dir: where checkpoints go.
-        checkpoint_dir: a directory with the safetensors files to start from; None for random
-            weights.
-        checkpoint_files: their names; None for model.safetensors, or where there is none, all.
+        checkpoint_dir: a directory with the safetensors files to start from: a Hugging Face
+            checkpoint (LLaDA, Dream, Llama, Qwen), or one of ours; None for random weights.
+        checkpoint_files: their names; None for those of its index, else model.safetensors, or
+            where there is none, all.
+        save_adapter_weights_only: of a model with adapters, leave out the merged weights.
         keep_last_n: older checkpoints are removed; None keeps all.
 
     Raises:
-        UserError: if the directory or a file does not exist.
+        UserError: if the directory or a file does not exist, or cannot be read as weights.
         ValueError: if ``keep_last_n`` is less than 1.
     """
 
@@ -55,25 +64,18 @@ class Checkpointer:
         output_dir: str,
         checkpoint_dir: str | None = None,
         checkpoint_files: list[str] | None = None,
+        save_adapter_weights_only: bool = False,
         keep_last_n: int | None = None,
     ) -> None:
         if keep_last_n is not None and keep_last_n < 1:
             raise ValueError(f"keep_last_n is {keep_last_n}: use 1 or more, or null for all")
         self.output_dir = Path(output_dir).expanduser()
+        self.save_adapter_weights_only = save_adapter_weights_only
         self.keep_last_n = keep_last_n
-        self.files: list[Path] = []
+        self.weights: Weights | None = None
         if checkpoint_dir is not None:
-            directory = Path(checkpoint_dir).expanduser()
-            if not directory.is_dir():
-                raise UserError(f"checkpointer.checkpoint_dir: {directory} does not exist")
-            found = sorted(f.name for f in directory.glob("*.safetensors"))
-            names = checkpoint_files or ([WEIGHTS] if WEIGHTS in found else found)
-            self.files = [directory / name for name in names]
-            if not self.files:
-                raise UserError(f"checkpointer.checkpoint_dir: {directory} has no *.safetensors")
-            for file in self.files:
-                if not file.is_file():
-                    raise UserError(f"checkpointer.checkpoint_files: {file} does not exist")
+            names = list(checkpoint_files) if checkpoint_files else None
+            self.weights = Weights(Path(checkpoint_dir).expanduser(), names)
 
     def steps(self) -> list[Path]:
         """The whole checkpoints, oldest step first."""
@@ -132,10 +134,10 @@ class Checkpointer:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         _barrier(world)
-        _save_weights(model, world, staging / WEIGHTS)
+        self._save_model(model, world, staging)
         if ema is not None:
             with ema.applied():
-                _save_weights(model, world, staging / AVERAGE)
+                self._save_model(model, world, staging / AVERAGE)
         if world.rank == 0:
             (staging / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
             OmegaConf.save(cfg, staging / "config.yaml")
@@ -160,24 +162,50 @@ class Checkpointer:
         _barrier(world)
         return final
 
-    def load_weights(self, model: nn.Module, checkpoint: Path | None = None) -> None:
-        """Fill the model's parameters from ``checkpoint``, else from ``checkpoint_dir``."""
-        load_safetensors(model, [checkpoint / WEIGHTS] if checkpoint else self.files)
+    def _save_model(self, model: nn.Module, world: World, directory: Path) -> None:
+        adapters = adapter_names(model)
+        if adapters:
+            save_adapters(model, world, directory, self.weights)
+        if not (adapters and self.save_adapter_weights_only):
+            save_weights(model, world, directory, self.weights)
 
-    @staticmethod
-    def load_average(model: nn.Module, checkpoint: Path, ema: EMA) -> None:
+    def load_weights(self, model: nn.Module, seed: int = 0, checkpoint: Path | None = None) -> None:
+        """Fill the model's parameters: from ``checkpoint``, else from ``checkpoint_dir``.
+
+        Adapters come from ``checkpoint`` over the weights of ``checkpoint_dir``. What neither
+        holds is random, by ``seed``.
+
+        Raises:
+            UserError: if a file does not hold what the model needs.
+        """
+        adapters = adapter_names(model)
+        if checkpoint and not adapters:
+            Weights(checkpoint).load(model)
+            return
+        if self.weights:
+            self.weights.load(model)
+            initialize_parameters(model, seed, only=adapters)
+        else:
+            initialize_parameters(model, seed)
+        if checkpoint:
+            load_adapters(model, checkpoint, self.weights)
+
+    def load_average(self, model: nn.Module, checkpoint: Path, ema: EMA) -> None:
         """Fill ``ema`` from ``checkpoint``.
 
         Raises:
             UserError: if it holds no average.
         """
-        if not (checkpoint / AVERAGE).is_file():
+        if not (checkpoint / AVERAGE).is_dir():
             raise UserError(
                 f"ema: {checkpoint} was written without it: leave it out, or start a new run from "
                 "its weights with checkpointer.checkpoint_dir"
             )
         with ema.applied():
-            load_safetensors(model, [checkpoint / AVERAGE])
+            if adapter_names(model):
+                load_adapters(model, checkpoint / AVERAGE, self.weights)
+            else:
+                Weights(checkpoint / AVERAGE).load(model)
 
     @staticmethod
     def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -200,12 +228,6 @@ class Checkpointer:
         shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _save_weights(model: nn.Module, world: World, file: Path) -> None:
-    weights = full_state_dict(model, world)
-    if world.rank == 0:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
 
 
 @contextmanager

@@ -4,19 +4,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.peft import get_adapter_params
 from torchtune.utils import get_device
 
 from mdm_plugin.errors import UserError
@@ -118,6 +117,9 @@ def build_model(
     """
     with training.set_default_dtype(dtype), torch.device("meta"):
         model = build()
+    if adapters := adapter_names(model):  # they alone are trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in adapters)
     if compile:
         for layer in model.layers:
             # One graph for all lengths; without `dynamic` the second length compiles again.
@@ -150,63 +152,43 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(wrapper, ""): p for name, p in model.named_parameters()}
 
 
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of the adapters' parameters (LoRA, DoRA); none for a model without."""
+    wrapper = "_checkpoint_wrapped_module."
+    return {name.replace(wrapper, "") for name in get_adapter_params(model)}
+
+
 @torch.no_grad()
-def initialize_parameters(model: nn.Module, seed: int) -> None:
+def initialize_parameters(model: nn.Module, seed: int, only: set[str] | None = None) -> None:
     """Random weights: N(0, 1/D) for matrices [*, D], 1 for norms' scales, 0 for biases.
 
-    Each tensor is a function of (seed, its name): the same for any number of ranks.
+    Adapters begin as nothing: LoRA's B is 0, and DoRA's magnitude that of the weight's rows. Each
+    tensor is a function of (seed, its name): the same for any number of ranks. ``only`` these.
     """
-    for name, parameter in named_parameters(model).items():
+    parameters = named_parameters(model)
+    for name, parameter in parameters.items():
+        if only is not None and name not in only:
+            continue
+        if name.endswith(".magnitude"):
+            weight = parameters[name.removesuffix("magnitude") + "weight"]
+            # Rows are sharded alike.
+            norm = local_part(weight)[1].float().norm(dim=1)
+            local_part(parameter)[1].copy_(norm)
+            continue
         full = torch.empty(parameter.shape)
-        if parameter.ndim >= 2:
+        if name.endswith("lora_b.weight"):
+            full.zero_()
+        elif parameter.ndim >= 2:
             full.normal_(
                 std=parameter.shape[-1] ** -0.5, generator=keyed_generator(seed, "init", name)
             )
         else:
             full.fill_(0.0 if name.endswith("bias") else 1.0)
-        index, local = _local(parameter)
+        index, local = local_part(parameter)
         local.copy_(full[index])
 
 
-@torch.no_grad()
-def load_safetensors(model: nn.Module, files: list[Path]) -> None:
-    """Fill the parameters from safetensors files; each rank reads its own shards only.
-
-    Raises:
-        UserError: if a file cannot be read, or a tensor is missing, unknown or wrongly shaped.
-    """
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                where.update(dict.fromkeys(opened.keys(), file))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
-    parameters = named_parameters(model)
-    for kind, names in (
-        ("lacks", parameters.keys() - where.keys()),
-        ("has unknown tensors:", where.keys() - parameters.keys()),
-    ):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-            raise UserError(
-                f"{files[0].parent}: the checkpoint {kind} {some} ({len(names)} in all)"
-            )
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in list(opened.keys()):
-                stored = opened.get_slice(name)
-                shape, parameter = tuple(stored.get_shape()), parameters[name]
-                if shape != tuple(parameter.shape):
-                    raise UserError(
-                        f"{file}: {name} has shape {shape}, and the config's model "
-                        f"{tuple(parameter.shape)}"
-                    )
-                index, local = _local(parameter)
-                local.copy_(stored[index])
-
-
-def _local(parameter: Tensor) -> tuple[tuple[slice, ...], Tensor]:
+def local_part(parameter: Tensor) -> tuple[tuple[slice, ...], Tensor]:
     """This rank's part of a parameter: its place in the whole, and its storage."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, n) for n in parameter.shape), parameter
@@ -237,7 +219,9 @@ def folded_gradient(
         if parameter.grad is None:
             continue
         grad = parameter.grad
-        flat = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().flatten().float()
+        flat = (
+            (grad.to_local() if isinstance(grad, DTensor) else grad).detach().flatten().float()
+        )
         if dimensions is not None:
             generator = keyed_generator(seed, "signs", name, rank)
             signs = torch.randint(2, flat.shape, generator=generator, dtype=torch.int8) * 2 - 1
@@ -245,10 +229,3 @@ def folded_gradient(
             flat = F.pad(flat, (0, -len(flat) % dimensions)).view(-1, dimensions).sum(0)
         parts.append(flat)
     return torch.cat(parts) if dimensions is None else torch.stack(parts).sum(0)
-
-
-def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """All parameters on rank 0's CPU, by name; empty elsewhere. Called on every rank."""
-    if world.size > 1:
-        return training.gather_cpu_state_dict(model, world.rank == 0, world.device)
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}

@@ -14,7 +14,7 @@ class EMA:
     Our reading of the paper's *EMA*, of which only the name is known to us. After each
     optimizer step, average ← d·average + (1 − d)·weights, with d = min(decay, (1 + s)/(10 + s))
     at step s, so that the first weights are soon forgotten. Training itself goes on from the
-    weights. A checkpoint holds the average as ema.safetensors beside model.safetensors.
+    weights. A checkpoint holds the average in ema/.
 
     Args:
         model: whose weights; sharded parameters give a sharded average.
@@ -28,7 +28,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: use 0 up to below 1")
         self.decay = decay
-        self.weights = list(model.parameters())
+        self.weights = [p for p in model.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.weights]
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ def test_weights_optimizer_and_state_come_back_exactly(trained, tmp_path):
     for p in model.parameters():
         p.data.zero_()
         optimizer.state[p]["exp_avg"].zero_()
-    checkpointer.load_weights(model, path)
+    checkpointer.load_weights(model, checkpoint=path)
     checkpointer.load_optimizer(ALONE, path, model, optimizer)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     for p, moment in zip(model.parameters(), moments, strict=True):
@@ -81,7 +81,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(
             except BaseException:  # torch wraps what it meets
                 killed = True
         newest = Checkpointer(str(directory)).to_resume(True)
-        checkpointer.load_weights(model, newest)
+        checkpointer.load_weights(model, checkpoint=newest)
         assert checkpointer.load_state(newest)["step"] in (1, 2)
         if not killed:
             assert newest.name == "step_2"

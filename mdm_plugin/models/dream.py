@@ -1,0 +1,131 @@
+"""Dream (arXiv 2508.15487): Qwen2.5 made bidirectional; its logits are shifted by one.
+
+Train it with ``loss.shift: True``: the token at i is predicted from position i − 1.
+"""
+
+from functools import partial
+from typing import Any
+
+from torchtune.models.qwen2 import lora_qwen2, qwen2
+
+from mdm_plugin.models.transformer import MDMTransformer, bidirectional, check_heads
+
+# Dream-v0 7B Base and Instruct: their config.json.
+DREAM_7B: dict[str, Any] = {
+    "vocab_size": 152_064,
+    "num_layers": 28,
+    "num_heads": 28,
+    "num_kv_heads": 4,
+    "embed_dim": 3584,
+    "intermediate_dim": 18_944,
+    "norm_eps": 1e-6,
+}
+
+
+def dream(
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    attn_dropout: float = 0.0,
+    norm_eps: float = 1e-6,
+    rope_base: float = 1_000_000.0,
+) -> MDMTransformer:
+    """A model of Dream's shape: grouped-query attention, biases on q, k and v, an untied head.
+
+    Args:
+        vocab_size: number of token ids, the mask token among them.
+        num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim: the transformer's sizes.
+        max_seq_len: longest row, prompt and response, in tokens.
+        attn_dropout: dropout on attention weights.
+        norm_eps: epsilon of the RMS norms.
+        rope_base: base of the rotary embeddings.
+
+    Raises:
+        ValueError: if ``embed_dim`` is not ``num_heads`` even-sized heads, or ``num_heads``
+            not a multiple of ``num_kv_heads``.
+    """
+    check_heads(embed_dim, num_heads, num_kv_heads)
+    return bidirectional(
+        qwen2(
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            embed_dim=embed_dim,
+            intermediate_dim=intermediate_dim,
+            max_seq_len=max_seq_len,
+            attn_dropout=attn_dropout,
+            norm_eps=norm_eps,
+            rope_base=rope_base,
+        )
+    )
+
+
+def lora_dream(
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool = False,
+    apply_lora_to_output: bool = False,
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    lora_rank: int,
+    lora_alpha: float,
+    attn_dropout: float = 0.0,
+    norm_eps: float = 1e-6,
+    rope_base: float = 1_000_000.0,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> MDMTransformer:
+    """``dream`` with low-rank adapters, which alone are trained; see ``lora_llada``.
+
+    Raises:
+        ValueError: as ``dream``.
+    """
+    check_heads(embed_dim, num_heads, num_kv_heads)
+    return bidirectional(
+        lora_qwen2(
+            lora_attn_modules=list(lora_attn_modules),
+            apply_lora_to_mlp=apply_lora_to_mlp,
+            apply_lora_to_output=apply_lora_to_output,
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            embed_dim=embed_dim,
+            intermediate_dim=intermediate_dim,
+            max_seq_len=max_seq_len,
+            attn_dropout=attn_dropout,
+            norm_eps=norm_eps,
+            rope_base=rope_base,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_dora=use_dora,
+            quantize_base=quantize_base,
+        )
+    )
+
+
+def dream_7b(max_seq_len: int = 2048) -> MDMTransformer:
+    """Dream-v0 7B Base or Instruct: 7.62 B parameters, trained at 2,048 tokens."""
+    return dream(**DREAM_7B, max_seq_len=max_seq_len)
+
+
+def lora_dream_7b(
+    lora_attn_modules: list[str], max_seq_len: int = 2048, **arguments: Any
+) -> MDMTransformer:
+    """``dream_7b`` with adapters; ``arguments`` are those of ``lora_dream``."""
+    return lora_dream(lora_attn_modules, **DREAM_7B, max_seq_len=max_seq_len, **arguments)
+
+
+qlora_dream_7b = partial(lora_dream_7b, quantize_base=True)
