@@ -8,12 +8,14 @@ from torchtune._cli.tune import TuneCLIParser
 
 from mdm_plugin.training.config import config_names, configs_directory
 
-RECIPES = ("mdm_full_finetune", "mdm_variance")
+RECIPES = ("mdm_full_finetune", "mdm_lora_finetune", "mdm_variance")
 
 
 def recipe_of(config: str) -> str:
     """The recipe that a packaged config is for."""
-    return "mdm_variance" if config.endswith("variance") else "mdm_full_finetune"
+    if config.endswith("variance"):
+        return "mdm_variance"
+    return "mdm_lora_finetune" if config.endswith("lora") else "mdm_full_finetune"
 
 
 def recipe_file(name: str) -> Path:

@@ -18,7 +18,13 @@ from tqdm import tqdm
 
 from mdm_plugin.data import GlobalBatches
 from mdm_plugin.noise import keyed_generator
-from mdm_plugin.training.checks import check_data, check_estimator, check_resume, check_sizes
+from mdm_plugin.training.checks import (
+    check_adapters,
+    check_data,
+    check_estimator,
+    check_resume,
+    check_sizes,
+)
 from mdm_plugin.training.config import instantiate, parse
 from mdm_plugin.training.distributed import World, build_model, distributed
 from mdm_plugin.training.metrics import StepMetrics, progress_bar
@@ -28,11 +34,11 @@ from mdm_plugin.training.step import backward, corrupt, global_normalizer
 from mdm_plugin.training.validation import validate
 
 
-class MDMFullFinetune:
+class MDMFinetune:
     """Set up, train, save, clean up."""
 
-    def __init__(self, cfg: DictConfig, world: World) -> None:
-        self.cfg, self.world = cfg, world
+    def __init__(self, cfg: DictConfig, world: World, adapters: bool = False) -> None:
+        self.cfg, self.world, self.adapters = cfg, world, adapters
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
@@ -78,6 +84,7 @@ class MDMFullFinetune:
             cpu_offload=cfg.fsdp_cpu_offload,
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
         )
+        check_adapters(self.model, self.adapters)
         check_data(self.model, self.tokenizer, self.rows, self.rows_val)
         check_estimator(self.timesteps, self.masking, self.loss, self.model)
         self.offloading = training.get_act_offloading_ctx_manager(
@@ -125,9 +132,10 @@ class MDMFullFinetune:
         if cfg.profiler is not None:
             self.profiler, _ = instantiate(cfg, "profiler")
         size = sum(p.numel() for p in self.model.parameters())
+        of = f"{sum(p.numel() for p in trained):,} of " if self.adapters else ""
         self.say(
-            f"{size:,} parameters on {world.size} x {world.device.type}; {self.total_steps} steps "
-            f"of {self.batches.size} rows, {self.steps_per_epoch} per epoch"
+            f"{of}{size:,} parameters on {world.size} x {world.device.type}; {self.total_steps} "
+            f"steps of {self.batches.size} rows, {self.steps_per_epoch} per epoch"
         )
 
     def train(self) -> None:
@@ -264,19 +272,24 @@ class MDMFullFinetune:
             tqdm.write(line)
 
 
-@parse(Options)
-def main(cfg: DictConfig) -> None:
-    """Fine-tune a masked diffusion language model; all of its parameters are trained."""
+def run(cfg: DictConfig, adapters: bool = False) -> None:
+    """Train by ``cfg``: all parameters, or a model's adapters alone."""
     instantiate(cfg, "prepare")
     with distributed(
         cfg.device, cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim
     ) as world:
-        recipe = MDMFullFinetune(cfg, world)
+        recipe = MDMFinetune(cfg, world, adapters)
         recipe.setup()
         try:
             recipe.train()
         finally:
             recipe.cleanup()
+
+
+@parse(Options)
+def main(cfg: DictConfig) -> None:
+    """Fine-tune a masked diffusion language model; all of its parameters are trained."""
+    run(cfg)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 OURS = {
     "vocab_size": 97,
     "embed_dim": 64,
@@ -39,7 +45,6 @@ def oracle(family: str, kv_heads: int = 4, dtype=torch.float32, **sizes):
     kind = "Llama" if family in ("llada", "llama") else "Qwen2"
     config = getattr(transformers, f"{kind}Config")(
         **{**SIZES, **sizes},
-        num_attention_heads=sizes.pop("num_attention_heads", 4),
         num_key_value_heads=kv_heads,
         rms_norm_eps=1e-5 if family == "llada" else 1e-6,
         rope_parameters={

@@ -87,14 +87,14 @@ def command(tmp_path, data_dir):
 
 @pytest.fixture
 def tune(command, data_dir, tmp_path):
-    """``tune run [launch] mdm_full_finetune --config tiny.yaml output_dir=… overrides``."""
+    """``tune run [launch] recipe --config tiny.yaml output_dir=… overrides``."""
 
-    def run(*overrides, launch=(), out="out", **kwargs):
+    def run(*overrides, launch=(), out="out", recipe="mdm_full_finetune", **kwargs):
         return command(
             "tune",
             "run",
             *launch,
-            "mdm_full_finetune",
+            recipe,
             "--config",
             TINY,
             f"data_dir={data_dir}",

@@ -40,7 +40,7 @@ def test_a_copied_config_runs_with_mdm_and_with_tune(command, tmp_path, data_dir
         assert (tmp_path / tool / "step_1/model.safetensors").is_file()
     command("mdm", "run", "mdm_full_finetune", "--config", "quickstart", out, *overrides)
     command("mdm", "cp", "mdm_full_finetune", "mine.py")
-    assert "MDMFullFinetune" in (tmp_path / "mine.py").read_text()
+    assert "MDMFinetune" in (tmp_path / "mine.py").read_text()
 
 
 def test_a_component_of_the_user_s_own_file(tune, tmp_path):

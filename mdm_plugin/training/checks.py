@@ -12,7 +12,7 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import NextToken
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.timesteps import Adaptive, Clipped, ParetoOptimal, Uniform
-from mdm_plugin.training.distributed import World
+from mdm_plugin.training.distributed import World, adapter_names
 
 
 def check_sizes(cfg: DictConfig, world: World) -> int:
@@ -96,6 +96,21 @@ def check_estimator(
         )
     if next_token and not isinstance(timesteps, Uniform):
         raise UserError(f"{where}timesteps: NextToken uses no t: set it to timesteps.Uniform")
+
+
+def check_adapters(model: MDMTransformer, wanted: bool) -> None:
+    """Check that the model has adapters where they are to be trained, and only there.
+
+    Raises:
+        UserError: if not.
+    """
+    if bool(adapter_names(model)) != wanted:
+        raise UserError(
+            "model: it has no adapters: use a builder such as mdm_plugin.models.lora_llada_8b, or "
+            "the recipe mdm_full_finetune"
+            if wanted
+            else "model: it has adapters: use the recipe mdm_lora_finetune, or a builder without"
+        )
 
 
 def check_data(model: MDMTransformer, tokenizer: ChatTokenizer, *data: Rows | None) -> None:

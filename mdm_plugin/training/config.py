@@ -127,7 +127,7 @@ def instantiate(cfg: DictConfig, key: str, *args: Any, where: str = "", **kwargs
         raise UserError(f"{where}{key}: {cfg[key]._component_}: {error}") from error
     try:
         return torchtune_config.instantiate(cfg[key], *args, **kwargs)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"{where}{key}: {_first_line(error)}") from error
 
 

@@ -1,10 +1,10 @@
 """One process or many: process group, device mesh, and models that are born sharded."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import get_adapter_params
@@ -114,9 +115,18 @@ def build_model(
         activation_checkpointing: recompute each layer in the backward pass.
         cpu_offload: FSDP2's; parameters, gradients and optimizer state rest in CPU memory.
         reshard_after_forward: FSDP2's; False keeps gathered weights until the backward pass.
+
+    Raises:
+        UserError: on several ranks and a quantised base: torchao 0.15's NF4 does not pass through
+            the gathering of torch 2.13's FSDP2.
     """
     with training.set_default_dtype(dtype), torch.device("meta"):
         model = build()
+    if world.size > 1 and any(isinstance(p.data, NF4Tensor) for p in model.parameters()):
+        raise UserError(
+            f"model.quantize_base: {world.size} ranks, and an NF4 base is not sharded: use one "
+            "rank, or leave quantize_base out"
+        )
     if adapters := adapter_names(model):  # they alone are trained
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in adapters)
@@ -166,26 +176,53 @@ def initialize_parameters(model: nn.Module, seed: int, only: set[str] | None = N
     tensor is a function of (seed, its name): the same for any number of ranks. ``only`` these.
     """
     parameters = named_parameters(model)
-    for name, parameter in parameters.items():
-        if only is not None and name not in only:
-            continue
-        if name.endswith(".magnitude"):
-            weight = parameters[name.removesuffix("magnitude") + "weight"]
-            # Rows are sharded alike.
-            norm = local_part(weight)[1].float().norm(dim=1)
-            local_part(parameter)[1].copy_(norm)
-            continue
-        full = torch.empty(parameter.shape)
-        if name.endswith("lora_b.weight"):
-            full.zero_()
-        elif parameter.ndim >= 2:
-            full.normal_(
-                std=parameter.shape[-1] ** -0.5, generator=keyed_generator(seed, "init", name)
-            )
-        else:
-            full.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in parameters.items():
+            if only is not None and name not in only:
+                continue
+            full = torch.empty(parameter.shape)
+            if name.endswith(".magnitude"):
+                continue
+            if name.endswith("lora_b.weight"):
+                full.zero_()
+            elif parameter.ndim >= 2:
+                generator = keyed_generator(seed, "init", name)
+                full.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+            else:
+                full.fill_(0.0 if name.endswith("bias") else 1.0)
+            yield name, full
+
+    fill(model, values())
+    for name, parameter in named_parameters(model).items():
+        if name.endswith(".magnitude") and (only is None or name in only):
+            weight = local_part(parameters[name.removesuffix("magnitude") + "weight"])[1]
+            local_part(parameter)[1].copy_(dequantized(weight).float().norm(dim=1))
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A tensor that is not DTensor, of no quantised kind."""
+    data = weight.data
+    return data.get_original_weight() if isinstance(data, NF4Tensor) else data
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: Iterable[tuple[str, Any]]) -> None:
+    """Copy this rank's parts of whole parameters into the model; NF4 parameters are quantised.
+
+    ``values``: name → a tensor of the parameter's shape, or what can be sliced like one.
+    """
+    parameters, quantized = named_parameters(model), {}
+    for name, whole in values:
+        parameter = parameters[name]
         index, local = local_part(parameter)
-        local.copy_(full[index])
+        if not isinstance(local.data, NF4Tensor):
+            local.copy_(whole[index])
+            continue
+        weight = to_nf4(whole[index].to(local.device, local.dtype))
+        quantized[name] = nn.Parameter(weight, requires_grad=False)
+    if quantized:  # what was NF4 on the meta device cannot be filled in place
+        model.load_state_dict(quantized, strict=False, assign=True)
 
 
 def local_part(parameter: Tensor) -> tuple[tuple[slice, ...], Tensor]:
@@ -219,9 +256,7 @@ def folded_gradient(
         if parameter.grad is None:
             continue
         grad = parameter.grad
-        flat = (
-            (grad.to_local() if isinstance(grad, DTensor) else grad).detach().flatten().float()
-        )
+        flat = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().flatten().float()
         if dimensions is not None:
             generator = keyed_generator(seed, "signs", name, rank)
             signs = torch.randint(2, flat.shape, generator=generator, dtype=torch.int8) * 2 - 1

@@ -18,13 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules import TiedLinear
 from torchtune.modules.peft import get_merged_lora_ckpt
 
 from mdm_plugin.errors import UserError
 from mdm_plugin.models.naming import FAMILIES, Naming
-from mdm_plugin.training.distributed import World, adapter_names, local_part, named_parameters
+from mdm_plugin.training.distributed import (
+    World,
+    adapter_names,
+    dequantized,
+    fill,
+    local_part,
+    named_parameters,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -116,23 +122,26 @@ class Weights:
         ):
             if wrong:
                 raise UserError(f"{self.directory}: the checkpoint {kind} {_some(wrong)}")
+        fill(model, self._values(model, names))
+
+    def _values(self, model: nn.Module, names: dict[str, str]) -> Iterator[tuple[str, Any]]:
+        """Each parameter with what is stored of it, file by file."""
         parameters = named_parameters(model)
         new_rows = getattr(model, "new_tokens", 0)
         for file in sorted(set(self.where.values())):
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys() & names.keys():
-                    parameter = parameters[names[name]]
-                    slices = opened.get_slice(name)
-                    shape, wanted = tuple(slices.get_shape()), tuple(parameter.shape)
-                    grows = new_rows and names[name] in ("tok_embeddings.weight", "output.weight")
+                for name in sorted(opened.keys() & names.keys()):
+                    ours, slices = names[name], opened.get_slice(name)
+                    shape, wanted = tuple(slices.get_shape()), tuple(parameters[ours].shape)
+                    grows = new_rows and ours in ("tok_embeddings.weight", "output.weight")
                     if grows and shape == (wanted[0] - new_rows, *wanted[1:]):
-                        _fill_grown(parameter, slices, shape[0])
-                    elif shape != wanted:
+                        _fill_grown(parameters[ours], slices, shape[0])
+                    elif shape == wanted:
+                        yield ours, slices
+                    else:
                         raise UserError(
                             f"{file}: {name} has shape {shape}, and the config's model {wanted}"
                         )
-                    else:
-                        _fill(parameter, slices)
 
 
 def hf_name(naming: Naming | None, name: str) -> str:
@@ -258,14 +267,15 @@ def load_adapters(model: nn.Module, directory: Path, source: Weights | None) -> 
             raise UserError(f"{file}: {kind} {_some(wrong)}")
     parameters = named_parameters(model)
     with safe_open(file, framework="pt") as opened:
+        slices = {ours: opened.get_slice(name) for name, ours in names.items()}
         for name, ours in names.items():
-            slices, parameter = opened.get_slice(name), parameters[ours]
-            if tuple(slices.get_shape()) != tuple(parameter.shape):
+            shape, wanted = tuple(slices[ours].get_shape()), tuple(parameters[ours].shape)
+            if shape != wanted:
                 raise UserError(
-                    f"{file}: {name} has shape {tuple(slices.get_shape())}, and the config's model "
-                    f"{tuple(parameter.shape)}: lora_rank is another"
+                    f"{file}: {name} has shape {shape}, and the config's model {wanted}: "
+                    "lora_rank is another"
                 )
-            _fill(parameter, slices)
+        fill(model, slices.items())
 
 
 def _adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -298,19 +308,10 @@ def _merged(model: nn.Module, name: str) -> Tensor:
 
 
 def _full(parameter: Tensor) -> Tensor:
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    if isinstance(whole.data, NF4Tensor):
-        return whole.data.get_original_weight()
-    return whole.detach()
-
-
-def _fill(parameter: Tensor, slices: Any) -> None:
-    index, local = local_part(parameter)
-    if isinstance(local.data, NF4Tensor):
-        weight = slices[index].to(local.device, local.dtype)
-        torch.utils.swap_tensors(parameter, nn.Parameter(to_nf4(weight), requires_grad=False))
-        return
-    local.copy_(slices[index])
+    """A parameter in whole, of no quantised kind. Called on every rank."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    return dequantized(parameter)
 
 
 def _fill_grown(parameter: Tensor, slices: Any, old: int, chunk: int = 8192) -> None:

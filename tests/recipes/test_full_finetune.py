@@ -96,13 +96,13 @@ import sys, torch
 from torch._dynamo.utils import counters
 import mdm_full_finetune as recipe
 graphs = []
-train_step = recipe.MDMFullFinetune.train_step
+train_step = recipe.MDMFinetune.train_step
 def counted(self, step):
     train_step(self, step)
     lengths.append(self.batches.micro_batches(step)[0].tokens.shape[1])
     graphs.append(counters["stats"]["unique_graphs"])
 lengths = []
-recipe.MDMFullFinetune.train_step = counted
+recipe.MDMFinetune.train_step = counted
 sys.argv = ["x", "--config", {str(TINY)!r}, "data_dir={data_dir}",
             "output_dir={tmp_path / "compiled"}", "compile=True", *{varying}]
 recipe.main()
@@ -131,12 +131,12 @@ def kill_at(step: int, arguments: list[str], cwd: Path, log: Path) -> None:
 ANNOUNCED = """
 import sys, time
 import mdm_full_finetune as recipe
-train_step = recipe.MDMFullFinetune.train_step
+train_step = recipe.MDMFinetune.train_step
 def announced(self, step):
     train_step(self, step)
     print("AT STEP", step + 1, flush=True)
     time.sleep(0.05)
-recipe.MDMFullFinetune.train_step = announced
+recipe.MDMFinetune.train_step = announced
 recipe.main()
 """
 
