@@ -29,6 +29,7 @@ from mdm_plugin.training.config import instantiate, parse
 from mdm_plugin.training.distributed import World, build_model, distributed
 from mdm_plugin.training.metrics import StepMetrics, progress_bar
 from mdm_plugin.training.options import Options
+from mdm_plugin.training.plan import dry_run
 from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
 from mdm_plugin.training.step import backward, corrupt, global_normalizer
 from mdm_plugin.training.validation import validate
@@ -274,6 +275,8 @@ class MDMFinetune:
 
 def run(cfg: DictConfig, adapters: bool = False) -> None:
     """Train by ``cfg``: all parameters, or a model's adapters alone."""
+    if cfg.dry_run:
+        return print(dry_run(cfg, adapters))
     instantiate(cfg, "prepare")
     with distributed(
         cfg.device, cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim

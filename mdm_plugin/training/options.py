@@ -31,6 +31,7 @@ class Options:
     device: str = "cuda"
     dtype: str = "bf16"
     seed: int = 0
+    dry_run: Any = False  # True, or {ranks: 64, device_gib: 80}: say what the run needs, and end
     resume_from_checkpoint: Any = False  # True: the newest in output_dir; or a step_N directory
 
     # Steps and batches
