@@ -106,7 +106,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
     left.set(yscale="log", xlabel="step of 64 forwards", ylabel="validation NELBO, nats per token")
     left.legend()
     right.set(ylabel="exact match, % of 300 held-out rows")
-    right.set_xticks(range(len(METHODS)), list(METHODS))
+    right.set_xticks(range(len(METHODS)), [name.replace(" ", "\n", 1) for name in METHODS])
     right.margins(x=0.2)
     figure.savefig(file, dpi=120)
 

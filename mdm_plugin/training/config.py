@@ -103,10 +103,32 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {_first_line(error)}") from error
     assert isinstance(cfg, DictConfig)
+    _leave_out_arguments(cfg, raw, overrides)
     for key in known:
         if isinstance(cfg[key], DictConfig) and "_component_" in cfg[key]:
             _check_arguments(cfg, key)
     return cfg
+
+
+def _leave_out_arguments(cfg: DictConfig, raw: dict[str, Any], overrides: list[str]) -> None:
+    """Where the command line names another component, the file's arguments that it does not take.
+
+    So ``timesteps=mdm_plugin.timesteps.Uniform`` needs no ``~timesteps.grid`` beside it.
+    """
+    given = {argument.split("=")[0] for argument in overrides}
+    for key, before in raw.items():
+        if not isinstance(before, dict) or not given & {key, f"{key}._component_"}:
+            continue
+        if not isinstance(cfg.get(key), DictConfig):
+            continue
+        takes = inspect.signature(_component(cfg, key)).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            continue
+        for name in before.keys() - takes.keys() - {"_component_"}:
+            if name in cfg[key] and f"{key}.{name}" not in given:
+                del cfg[key][name]
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    print(f"{key}.{name}: left out: {cfg[key]._component_} does not take it")
 
 
 def instantiate(cfg: DictConfig, key: str, *args: Any, where: str = "", **kwargs: Any) -> Any:
@@ -163,7 +185,7 @@ def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[]
     return decorate
 
 
-def _check_arguments(cfg: DictConfig, key: str, where: str = "") -> Callable[..., Any]:
+def _component(cfg: DictConfig, key: str, where: str = "") -> Callable[..., Any]:
     path = cfg[key].get("_component_")
     if not isinstance(path, str):
         raise UserError(
@@ -173,16 +195,22 @@ def _check_arguments(cfg: DictConfig, key: str, where: str = "") -> Callable[...
         sys.path.append(os.getcwd())
     try:
         component = _get_component_from_path(path)
-        parameters = inspect.signature(component).parameters
+        inspect.signature(component)
     except (InstantiationError, ValueError, TypeError, ImportError) as error:
         raise UserError(
             f"{where}{key}._component_: {path} cannot be imported: {_last_cause(error)}"
         ) from error
+    return component
+
+
+def _check_arguments(cfg: DictConfig, key: str, where: str = "") -> Callable[..., Any]:
+    component = _component(cfg, key, where)
+    parameters = inspect.signature(component).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in cfg[key]:
             if name != "_component_" and name not in parameters:
                 raise UserError(
-                    f"{where}{key}.{name}: {path} takes no such argument"
+                    f"{where}{key}.{name}: {cfg[key]._component_} takes no such argument"
                     f"{_suggest(name, parameters)}"
                 )
     return component

@@ -1,0 +1,30 @@
+"""Packaged configs resolve, and a component named on the command line takes its own arguments."""
+
+import pytest
+
+from mdm_plugin.cli import recipe_of
+from mdm_plugin.errors import UserError
+from mdm_plugin.training.config import config_names, load_config
+from mdm_plugin.training.options import Options, VarianceOptions
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_packaged_config_is_valid_with_any_component_s_arguments_known(name):
+    options = VarianceOptions if recipe_of(name) == "mdm_variance" else Options
+    cfg = load_config(name, [], options)
+    assert cfg.tokenizer._component_ == "mdm_plugin.models.ChatTokenizer"
+
+
+def test_another_component_leaves_out_the_file_s_arguments_that_it_does_not_take(capsys):
+    assert load_config("quickstart", [], Options).timesteps.grid == 20
+    for key in ("timesteps", "timesteps._component_"):
+        cfg = load_config("quickstart", [f"{key}=mdm_plugin.timesteps.Uniform"], Options)
+        assert dict(cfg.timesteps) == {"_component_": "mdm_plugin.timesteps.Uniform"}
+        assert "timesteps.grid: left out: mdm_plugin.timesteps.Uniform" in capsys.readouterr().out
+    # What both take stays, and what the user gave is never left out.
+    cfg = load_config("quickstart", ["optimizer=torch.optim.SGD"], Options)
+    assert cfg.optimizer.lr == 4e-3 and "betas" not in cfg.optimizer
+    with pytest.raises(UserError, match=r"timesteps\.grid: mdm_plugin\.timesteps\.Uniform takes"):
+        load_config(
+            "quickstart", ["timesteps=mdm_plugin.timesteps.Uniform", "timesteps.grid=9"], Options
+        )
