@@ -11,7 +11,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
@@ -20,13 +19,15 @@ from mdm_plugin.data import GlobalBatches
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training.checks import (
     check_adapters,
+    check_checkpoint,
     check_data,
     check_estimator,
     check_resume,
     check_sizes,
 )
 from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import World, build_model, distributed
+from mdm_plugin.training.distributed import World, build_model, clip_gradient, distributed
+from mdm_plugin.training.in_backward import StepInBackward
 from mdm_plugin.training.metrics import StepMetrics, progress_bar
 from mdm_plugin.training.options import Options
 from mdm_plugin.training.plan import dry_run
@@ -81,11 +82,13 @@ class MDMFinetune:
             world,
             dtype=dtype,
             compile=cfg.compile,
+            float8=cfg.fp8_recipe_name if cfg.enable_fp8_training else None,
             activation_checkpointing=cfg.enable_activation_checkpointing,
             cpu_offload=cfg.fsdp_cpu_offload,
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
         )
         check_adapters(self.model, self.adapters)
+        check_checkpoint(self.checkpointer.weights, self.model, self.tokenizer)
         check_data(self.model, self.tokenizer, self.rows, self.rows_val)
         check_estimator(self.timesteps, self.masking, self.loss, self.model)
         self.offloading = training.get_act_offloading_ctx_manager(
@@ -97,6 +100,7 @@ class MDMFinetune:
         self.ema = instantiate(cfg, "ema", self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = instantiate(cfg, "optimizer", trained)
+        self.in_backward = StepInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
         self.lr_scheduler = None
         if cfg.lr_scheduler is not None:
             self.lr_scheduler = instantiate(
@@ -186,28 +190,25 @@ class MDMFinetune:
             for batch in self.batches.micro_batches(place)
         ]
         normalizer = global_normalizer(micro_batches, world)
-        tally = None
+        tally = grad_norm = None
         for batch in micro_batches:
-            loss, losses = backward(
-                self.model, self.loss, batch, normalizer, world, self.offloading
-            )
+            with self.in_backward.active() if self.in_backward else nullcontext():
+                loss, losses = backward(
+                    self.model, self.loss, batch, normalizer, world, self.offloading
+                )
             self.metrics.micro_batch(batch, loss, losses)
             if hasattr(self.timesteps, "tally"):
                 added = self.timesteps.tally(batch.t, losses.cpu())
                 tally = added if tally is None else tally + added
         if tally is not None:
             self.timesteps.update(world.sum(tally).cpu())
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(),
-            max_norm=float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm,
-        )
-        if hasattr(grad_norm, "full_tensor"):
-            grad_norm = grad_norm.full_tensor()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.in_backward:
+            grad_norm = clip_gradient(self.model, cfg.clip_grad_norm).to(world.device)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(step)
-        self.metrics.step(grad_norm.to(world.device), importance)
+        self.metrics.step(grad_norm, importance)
 
     def fit_timesteps(self, step: int) -> None:
         """P-POTS: probe the model, and fit the density of t to what it shows."""
@@ -259,7 +260,7 @@ class MDMFinetune:
             "timesteps": getattr(self.timesteps, "state_dict", dict)(),
         }
         path = self.checkpointer.save(
-            self.world, self.model, self.optimizer, step, state, self.cfg, self.ema
+            self.world, self.model, self.optimizer, step, state, self.cfg, self.tokenizer, self.ema
         )
         self.say(f"step {step}/{self.total_steps}: saved {path}")
 
@@ -276,7 +277,7 @@ class MDMFinetune:
 def run(cfg: DictConfig, adapters: bool = False) -> None:
     """Train by ``cfg``: all parameters, or a model's adapters alone."""
     if cfg.dry_run:
-        return print(dry_run(cfg, adapters))
+        return dry_run(cfg, adapters)
     instantiate(cfg, "prepare")
     with distributed(
         cfg.device, cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim

@@ -86,7 +86,7 @@ def write(model, directory: Path, family: str, shard_size="40KB") -> None:
             "mlp_hidden_size": config["intermediate_size"],
             "rope_theta": 500_000.0,
             "rms_norm_eps": 1e-5,
-            "mask_token_id": 3,
+            "mask_token_id": 1,
             "torch_dtype": config["dtype"],
         }
         index_file = directory / "model.safetensors.index.json"

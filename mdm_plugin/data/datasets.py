@@ -135,6 +135,7 @@ def text_dataset(
     data_files: str | list[str] | None = None,
     split: str = "train",
     column: str = "text",
+    packed: bool = False,
     on_bad_row: Policy = "error",
     **load_dataset_kwargs: Any,
 ) -> Rows:
@@ -142,12 +143,17 @@ def text_dataset(
 
     Args:
         column: the column that holds the text.
+        packed: join the documents, an EOS after each, and cut them into rows of
+            ``tokenizer.max_seq_len`` tokens, as LLaDA's pretraining does: no token is lost or
+            padded but in the last row, and documents of a row attend to each other.
         tokenizer, source, data_files, split, on_bad_row, load_dataset_kwargs: as in
             ``chat_dataset``.
 
     Raises:
-        UserError: as ``chat_dataset``.
+        UserError: as ``chat_dataset``; if ``packed`` and the tokenizer has no ``max_seq_len``.
     """
+    if packed and tokenizer.max_seq_len is None:
+        raise UserError("dataset.packed: how long is a row? set tokenizer.max_seq_len")
 
     def tokens(row: Mapping[str, Any]) -> Tokens:
         if not isinstance(row.get(column), str):
@@ -158,7 +164,20 @@ def text_dataset(
         return ids, [True] * len(ids)
 
     rows = read_rows(source, data_files, split, **load_dataset_kwargs)
-    return _build(rows, tokens, tokenizer, on_bad_row)
+    return _build(rows, tokens, tokenizer, on_bad_row, packed)
+
+
+def _pack(documents: Iterator[Tokens], length: int) -> Iterator[Tokens]:
+    """Documents end to end, in rows of ``length`` tokens; the last may be shorter."""
+    rest: list[int] = []
+    for ids, _ in documents:
+        rest += ids
+        whole = len(rest) // length * length
+        for start in range(0, whole, length):
+            yield rest[start : start + length], [True] * length
+        rest = rest[whole:]
+    if rest:
+        yield rest, [True] * len(rest)
 
 
 def _tokenize(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> Tokens:
@@ -180,6 +199,7 @@ def _build(
     tokens: Callable[[Mapping[str, Any]], Tokens],
     tokenizer: ChatTokenizer,
     on_bad_row: Policy,
+    packed: bool = False,
 ) -> Rows:
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}: use error or skip")
@@ -199,7 +219,7 @@ def _build(
                 ids, eligible = tokens(row)
                 if tokenizer.mask_id in ids:
                     raise _BadRow("the text holds the mask token itself")
-                if limit is not None and len(ids) > limit:
+                if limit is not None and len(ids) > limit and not packed:
                     if not any(eligible[:limit]):
                         raise _BadRow(
                             f"{len(ids)} tokens, and max_seq_len {limit} leaves none of its "
@@ -216,7 +236,7 @@ def _build(
                 continue
             yield ids, eligible
 
-    result = Rows(good())
+    result = Rows(_pack(good(), limit) if packed and limit else good())
     if not len(result):
         raise UserError(f"all {read} rows were skipped: none is valid")
     report = []

@@ -29,6 +29,8 @@ class ChatTokenizer:
         eos_token: likewise. Ends every row, and fills batches where the config asks for it.
         pad_token: likewise; None there too means ``eos_token``. Never attended to.
         chat_template: a jinja2 template in place of tokenizer_config.json's.
+        add_mask_token: add ``mask_token`` to the vocabulary if it is not there, at the next id: for
+            an autoregressive model's tokenizer. It is saved with the checkpoints.
         max_seq_len: rows are cut to this many tokens by the dataset, which says how many; None
             for no limit.
 
@@ -48,6 +50,7 @@ class ChatTokenizer:
         pad_token: str | None = None,
         chat_template: str | None = None,
         max_seq_len: int | None = None,
+        add_mask_token: bool = False,
     ) -> None:
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
@@ -60,6 +63,13 @@ class ChatTokenizer:
                 f"tokenizer.path: {file} is not a tokenizer.json: {_line(error)}"
             ) from error
         settings = self._settings(file.with_name("tokenizer_config.json"))
+        self.mask_token_added = False
+        if add_mask_token:
+            if mask_token is None:
+                raise UserError("tokenizer.add_mask_token: give its text: mask_token: <|mask|>")
+            self.mask_token_added = bool(self.tokenizer.add_special_tokens([mask_token]))
+            settings["mask_token"] = mask_token
+        self.settings = settings
 
         def token(name: str, given: str | None, default: int | None = None) -> int:
             text = given or settings.get(name)
@@ -112,6 +122,16 @@ class ChatTokenizer:
         if "chat_template" not in settings and template.is_file():
             settings["chat_template"] = template.read_text()
         return settings
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json as they are now, an added token included.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        self.tokenizer.save(str(directory / "tokenizer.json"))
+        text = json.dumps(self.settings, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` as it is; special tokens written out in it become their ids."""

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from mdm_plugin.errors import UserError
+from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.training.distributed import World, adapter_names, initialize_parameters
 from mdm_plugin.training.ema import EMA
 from mdm_plugin.training.weights import (
@@ -28,6 +29,7 @@ from mdm_plugin.training.weights import (
     load_adapters,
     save_adapters,
     save_weights,
+    set_config,
 )
 
 _STEP = re.compile(r"step_(\d+)")
@@ -37,11 +39,11 @@ AVERAGE = "ema"
 class Checkpointer:
     """Writes ``output_dir/step_N`` and reads it back.
 
-    step_N holds the weights (model.safetensors; if they came from a Hugging Face checkpoint, that
-    checkpoint's files, names, configuration and tokenizer), optimizer/
+    step_N holds the weights (model.safetensors and the tokenizer; if they came from a Hugging Face
+    checkpoint, that checkpoint's files, names, configuration and tokenizer), optimizer/
     (torch.distributed.checkpoint, sharded), state.json (step, schedule, data place, seed) and
-    config.yaml (resolved). A model with adapters is written as PEFT's adapter_model.safetensors and
-    adapter_config.json, and merged besides; an average of the weights goes to ema/. A step is
+    config.yaml (resolved). A model with adapters is written as PEFT's adapter_model.safetensors
+    and adapter_config.json, and merged besides; an average of the weights goes to ema/. A step is
     written under another name, synced to disk and renamed: a kill at any moment leaves the
     earlier checkpoints whole and no half one among them. Several nodes need a shared file system.
 
@@ -125,6 +127,7 @@ class Checkpointer:
         step: int,
         state: Mapping[str, Any],
         cfg: DictConfig,
+        tokenizer: ChatTokenizer,
         ema: EMA | None = None,
     ) -> Path:
         """Write step_N, then remove what ``keep_last_n`` leaves over. Called on every rank."""
@@ -134,12 +137,14 @@ class Checkpointer:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         _barrier(world)
-        self._save_model(model, world, staging)
+        self._save_model(model, world, staging, tokenizer)
         if ema is not None:
             with ema.applied():
-                self._save_model(model, world, staging / AVERAGE)
+                self._save_model(model, world, staging / AVERAGE, tokenizer)
         if world.rank == 0:
-            (staging / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
+            # torchao's optimizers keep the learning rate as a tensor, and so do their schedules.
+            text = json.dumps({**state, "step": step}, indent=2, default=float)
+            (staging / "state.json").write_text(text)
             OmegaConf.save(cfg, staging / "config.yaml")
         optimizer_state = get_optimizer_state_dict(model, optimizer)
         with _without_notice_of_one_process():
@@ -162,12 +167,19 @@ class Checkpointer:
         _barrier(world)
         return final
 
-    def _save_model(self, model: nn.Module, world: World, directory: Path) -> None:
+    def _save_model(
+        self, model: nn.Module, world: World, directory: Path, tokenizer: ChatTokenizer
+    ) -> None:
         adapters = adapter_names(model)
         if adapters:
             save_adapters(model, world, directory, self.weights)
         if not (adapters and self.save_adapter_weights_only):
             save_weights(model, world, directory, self.weights)
+        carried = self.weights is not None and self.weights.naming is not None
+        if world.rank == 0 and (tokenizer.mask_token_added or not carried):
+            tokenizer.save(directory)
+        if world.rank == 0 and tokenizer.mask_token_added and carried:
+            set_config(directory, mask_token_id=tokenizer.mask_id)
 
     def load_weights(self, model: nn.Module, seed: int = 0, checkpoint: Path | None = None) -> None:
         """Fill the model's parameters: from ``checkpoint``, else from ``checkpoint_dir``.

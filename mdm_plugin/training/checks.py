@@ -1,9 +1,10 @@
 """What can be known to be wrong before any training time is spent."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from mdm_plugin.data.rows import Rows
@@ -13,6 +14,7 @@ from mdm_plugin.masking import NextToken
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.timesteps import Adaptive, Clipped, ParetoOptimal, Uniform
 from mdm_plugin.training.distributed import World, adapter_names
+from mdm_plugin.training.weights import Weights
 
 
 def check_sizes(cfg: DictConfig, world: World) -> int:
@@ -41,6 +43,28 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
         raise UserError(
             "enable_activation_offloading: needs enable_activation_checkpointing: True as well"
         )
+    if cfg.enable_fp8_training and (
+        world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < (8, 9)
+    ):
+        raise UserError(
+            f"enable_fp8_training: {world.device} has no float8 products: it takes a CUDA device "
+            "of compute capability 8.9 or more (H100, L40S)"
+        )
+    accumulation = _accumulation(cfg, world)
+    if cfg.optimizer_in_bwd and accumulation > 1:
+        raise UserError(
+            f"optimizer_in_bwd: a step has {accumulation} micro-batches, whose gradients it would "
+            "not sum: leave it out, or make batch_size × ranks the whole batch"
+        )
+    if cfg.optimizer_in_bwd and cfg.clip_grad_norm is not None:
+        raise UserError(
+            "optimizer_in_bwd: the norm of the whole gradient is never known: set "
+            "clip_grad_norm: null, or leave it out"
+        )
+    return accumulation
+
+
+def _accumulation(cfg: DictConfig, world: World) -> int:
     if cfg.global_batch_size is None:
         return int(cfg.gradient_accumulation_steps)
     if cfg.gradient_accumulation_steps != 1:
@@ -110,6 +134,52 @@ def check_adapters(model: MDMTransformer, wanted: bool) -> None:
             "the recipe mdm_full_finetune"
             if wanted
             else "model: it has adapters: use the recipe mdm_lora_finetune, or a builder without"
+        )
+
+
+# What a tensor's shape does not show: the value of a model, and config.json's names of it.
+_SETTINGS: dict[str, tuple[Callable[[MDMTransformer], Any], tuple[str, ...]]] = {
+    "num_heads": (lambda m: m.layers[0].attn.num_heads, ("num_attention_heads", "n_heads")),
+    "num_kv_heads": (
+        lambda m: m.layers[0].attn.num_kv_heads,
+        ("num_key_value_heads", "n_kv_heads"),
+    ),
+    "norm_eps": (lambda m: m.norm.eps, ("rms_norm_eps",)),
+    "rope_base": (lambda m: _rope_base(m), ("rope_theta", "rope_parameters.rope_theta")),
+}
+
+
+def _rope_base(model: MDMTransformer) -> Any:
+    rotary = model.layers[0].attn.pos_embeddings
+    return getattr(getattr(rotary, "angles", rotary), "base", None)
+
+
+def check_checkpoint(
+    weights: Weights | None, model: MDMTransformer, tokenizer: ChatTokenizer
+) -> None:
+    """Check what a checkpoint's config.json says against the model, and its mask token.
+
+    Shapes of tensors are checked when they are read; this is what they do not show.
+
+    Raises:
+        UserError: naming the key.
+    """
+    stated = weights.config if weights else {}
+    for name, (value, keys) in _SETTINGS.items():
+        for key in keys:
+            found: Any = stated
+            for part in key.split("."):
+                found = found.get(part) if isinstance(found, Mapping) else None
+            if found is not None and value(model) is not None and found != value(model):
+                raise UserError(
+                    f"model.{name}: {value(model)}, and {weights and weights.directory}/config.json"
+                    f" says {key} {found}"
+                )
+    stated_mask = stated.get("mask_token_id")
+    if stated_mask is not None and stated_mask != tokenizer.mask_id:
+        raise UserError(
+            f"tokenizer.mask_token: its id is {tokenizer.mask_id}, and "
+            f"{weights and weights.directory}/config.json says mask_token_id {stated_mask}"
         )
 
 

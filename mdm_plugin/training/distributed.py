@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+from torchao.float8.config import Float8LinearRecipeName
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import get_adapter_params
@@ -99,6 +101,7 @@ def build_model(
     *,
     dtype: torch.dtype,
     compile: bool = False,
+    float8: str | None = None,
     activation_checkpointing: bool = False,
     cpu_offload: bool = False,
     reshard_after_forward: bool = True,
@@ -112,12 +115,15 @@ def build_model(
         world: where; FSDP2 over its mesh if there is one.
         dtype: of the parameters.
         compile: torch.compile of each layer, for lengths that vary.
+        float8: torchao's recipe for the layers' matrix products (``tensorwise``, ``rowwise``,
+            ``rowwise_with_gw_hp``); None for ``dtype``. Parameters and head stay in ``dtype``.
         activation_checkpointing: recompute each layer in the backward pass.
         cpu_offload: FSDP2's; parameters, gradients and optimizer state rest in CPU memory.
         reshard_after_forward: FSDP2's; False keeps gathered weights until the backward pass.
 
     Raises:
-        UserError: on several ranks and a quantised base: torchao 0.15's NF4 does not pass through
+        UserError: on ``float8`` that is no recipe, or for a model with adapters; on several ranks
+            and a quantised base: torchao 0.15's NF4 does not pass through
             the gathering of torch 2.13's FSDP2.
     """
     with training.set_default_dtype(dtype), torch.device("meta"):
@@ -130,6 +136,8 @@ def build_model(
     if adapters := adapter_names(model):  # they alone are trained
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in adapters)
+    if float8:
+        _to_float8(model, float8)
     if compile:
         for layer in model.layers:
             # One graph for all lengths; without `dynamic` the second length compiles again.
@@ -154,6 +162,24 @@ def build_model(
             if rope_init := getattr(module, "rope_init", None):  # no checkpoint holds its buffers
                 rope_init()
     return model
+
+
+def _to_float8(model: MDMTransformer, recipe: str) -> None:
+    if adapter_names(model):
+        raise UserError(
+            "enable_fp8_training: the model has adapters, whose products are too small to gain "
+            "from it: leave it out"
+        )
+    try:
+        config = Float8LinearConfig.from_recipe_name(recipe)
+    except ValueError as error:
+        known = ", ".join(x.value for x in Float8LinearRecipeName)
+        raise UserError(f"fp8_recipe_name: {recipe!r} is not known (known: {known})") from error
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and not any(x % 16 for x in module.weight.shape)
+
+    convert_to_float8_training(model.layers, module_filter_fn=fits, config=config)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -239,6 +265,13 @@ def local_part(parameter: Tensor) -> tuple[tuple[slice, ...], Tensor]:
 def total_norm(model: nn.Module) -> Tensor:
     """The norm of the whole gradient, the same on every rank."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradient(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scale the gradient to a norm of at most ``max_norm``; the norm before, on every rank."""
+    limit = float("inf") if max_norm is None else max_norm
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

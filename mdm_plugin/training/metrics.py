@@ -55,7 +55,7 @@ class StepMetrics:
     def _reset(self) -> None:
         # loss, then rows' loss by t, rows by t, and masked, eligible and all tokens.
         self._sums = torch.zeros(1 + 2 * T_BINS + 3, device=self.world.device)
-        self._grad_norm = torch.zeros((), device=self.world.device)
+        self._grad_norm: Any = torch.zeros((), device=self.world.device)
         self._steps = 0
         self._importance_sum = self._importance_max = 0.0
         self._start = time.perf_counter()
@@ -70,9 +70,9 @@ class StepMetrics:
         counts = [len(batch.targets.labels), batch.eligible * views, batch.noisy.numel()]
         self._sums[-3:] += torch.tensor(counts, device=losses.device)
 
-    def step(self, grad_norm: Tensor, importance: Tensor) -> None:
-        """Add an optimizer step: its gradient's norm and all rows' importance weights."""
-        self._grad_norm += grad_norm.detach()
+    def step(self, grad_norm: Tensor | None, importance: Tensor) -> None:
+        """Add an optimizer step: its gradient's norm, if known, and all importance weights."""
+        self._grad_norm = None if grad_norm is None else self._grad_norm + grad_norm.detach()
         self._steps += 1
         self._importance_sum += importance.mean().item()
         self._importance_max = max(self._importance_max, importance.max().item())
@@ -85,7 +85,6 @@ class StepMetrics:
         masked, eligible, tokens = sums[-3:]
         figures = {
             "train/loss": sums[0] / self._steps,
-            "train/grad_norm": self._grad_norm.item() / self._steps,
             "train/masked_fraction": masked / eligible,
             "train/importance_weight_mean": self._importance_sum / self._steps,
             "train/importance_weight_max": self._importance_max,
@@ -96,6 +95,8 @@ class StepMetrics:
         for i, (total, rows) in enumerate(zip(by_t, rows_by_t, strict=True)):
             if rows:
                 figures[f"train_loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = total / rows
+        if self._grad_norm is not None:
+            figures["train/grad_norm"] = self._grad_norm.item() / self._steps
         figures.update({f"memory/{k}": v for k, v in memory_gib(self.world.device).items()})
         self._reset()
         return figures

@@ -49,6 +49,11 @@ class Options:
     compile: bool = False
     enable_activation_checkpointing: bool = False
     enable_activation_offloading: bool = False
+    optimizer_in_bwd: bool = False  # each gradient is used and freed as it comes
+    enable_fp8_training: bool = (
+        False  # the layers' matrix products in float8; compute capability 8.9
+    )
+    fp8_recipe_name: str = "tensorwise"  # torchao's: tensorwise, rowwise, rowwise_with_gw_hp
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     data_parallel_shard_dim: int = -1

@@ -7,6 +7,7 @@ what it gathers is added.
 """
 
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 
@@ -25,7 +27,7 @@ from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import ParetoOptimal, Uniform
 from mdm_plugin.training.checks import check_adapters, check_estimator
 from mdm_plugin.training.config import instantiate
-from mdm_plugin.training.distributed import adapter_names
+from mdm_plugin.training.distributed import adapter_names, named_parameters
 from mdm_plugin.training.step import corrupt, forward_loss
 
 GIB = 2**30
@@ -79,15 +81,17 @@ def memory(
     more = (len(layers) - few[0]) / max(1, few[1] - few[0])
     step = Step(*(a + (b - a) * more for a, b in zip(*measured, strict=True)))
 
-    parameters = sum(p.nbytes for p in model.parameters())
+    parameters = sum(_nbytes(p) for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.nbytes for p in trained)
+    gradients = 0 if cfg.optimizer_in_bwd else sum(p.nbytes for p in trained)
     masked = min(loss.chunk_size, len(noisy.targets.labels))
     vocabulary = model.tok_embeddings.num_embeddings
     logits = masked * vocabulary * (trained[0].element_size() + 4 + 4)
     gathered = _gathered(model) if shards > 1 else 0
     backward = max(step.passing, step.late + step.late_gradients / shards)
-    if accumulation > 1:  # the gradient of the micro-batches before is there all the time
+    if cfg.optimizer_in_bwd:
+        backward = step.passing
+    elif accumulation > 1:  # the gradient of the micro-batches before is there all the time
         backward = step.passing + gradients / shards
     stepping = (gradients + step.stepping) / shards
     return Memory(
@@ -139,6 +143,11 @@ def _drop(parameter: Tensor) -> None:
 def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> dict[str, int]:
     """Bytes by kind at the peak of a forward and backward pass."""
     tracker = MemTracker()
+    # It hooks the gradient of every parameter, also of those that have none: these are taken.
+    none = torch.zeros((), requires_grad=True).register_hook(lambda grad: None)
+    for p in model.parameters():
+        if not p.requires_grad:
+            tracker._param_to_grad_hook_handles[p] = (none, none)
     with mode:
         tracker.track_external(model)
         with tracker:
@@ -170,18 +179,28 @@ def _optimizer_bytes(cfg: DictConfig, trained: list[nn.Parameter]) -> tuple[floa
     for p in trained:
         p.grad = torch.empty_like(p)
     tracker = MemTracker()
+    tracker.track_external(*trained)
     with tracker:
         optimizer.step()
     for p in trained:
         p.grad = None
     state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
     total = sum(x.nbytes for x in state)
-    return total, max(0.0, sum(_peak(tracker).values()) - total)
+    parameters = sum(p.nbytes for p in trained)
+    return total, max(0.0, sum(_peak(tracker).values()) - total - parameters)
+
+
+def _nbytes(parameter: Tensor) -> int:
+    """Bytes of its storage; NF4 has half a byte per value, and scales."""
+    data = parameter.data
+    if not isinstance(data, NF4Tensor):
+        return data.nbytes
+    return sum(getattr(data, name).nbytes for name in data.__tensor_flatten__()[0])
 
 
 def _gathered(model: MDMTransformer) -> int:
     """Whole parameters while FSDP2 runs a layer and fetches the next, and their gradients."""
-    layer = max(sum(p.nbytes for p in layer.parameters()) for layer in model.layers)
+    layer = max(sum(_nbytes(p) for p in layer.parameters()) for layer in model.layers)
     inner = {id(p) for layer in model.layers for p in layer.parameters()}
     outer = [p for p in model.parameters() if id(p) not in inner]
     learnt = sum(p.nbytes for p in model.layers[0].parameters() if p.requires_grad)
@@ -189,7 +208,19 @@ def _gathered(model: MDMTransformer) -> int:
     return 2 * layer + sum(p.nbytes for p in outer) + learnt
 
 
-def dry_run(cfg: DictConfig, adapters: bool) -> str:
+def dry_run(cfg: DictConfig, adapters: bool) -> None:
+    """Print what the run of ``cfg`` will need on each rank, and do; on the first process alone.
+
+    Raises:
+        UserError: as ``plan``.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracker's, on what fake tensors lack
+            print(plan(cfg, adapters))
+
+
+def plan(cfg: DictConfig, adapters: bool) -> str:
     """A table of what the run of ``cfg`` will need on each rank, and do.
 
     ``cfg.dry_run``: True, for as many ranks as were started; or {ranks, device_gib}.
@@ -242,7 +273,11 @@ def dry_run(cfg: DictConfig, adapters: bool) -> str:
     )
     total = sum(p.numel() for p in model.parameters())
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = sum(p.nbytes for p in model.parameters()) + need.optimizer * shards
+    saved = sum(p.nbytes for p in model.parameters() if p.requires_grad) if trained else 0
+    if not (trained and cfg.checkpointer.get("save_adapter_weights_only")):
+        names = named_parameters(model)
+        saved += sum(p.nbytes for name, p in names.items() if name not in trained)
+    saved += need.optimizer * shards
     out = [
         f"Dry run: {total:,} parameters, {learnt:,} of them trained, {cfg.dtype}; {ranks} ranks, "
         f"each copy of the model on {shards}",

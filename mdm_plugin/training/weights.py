@@ -207,6 +207,13 @@ def save_weights(model: nn.Module, world: World, directory: Path, source: Weight
     (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
+def set_config(directory: Path, **values: Any) -> None:
+    """Set keys of the config.json of an export, if it has one."""
+    file = directory / "config.json"
+    if file.is_file():
+        file.write_text(json.dumps({**_json(file), **values}, indent=2))
+
+
 def save_adapters(model: nn.Module, world: World, directory: Path, source: Weights | None) -> None:
     """Write the adapters as PEFT does. Called on every rank.
 

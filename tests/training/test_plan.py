@@ -1,0 +1,148 @@
+"""dry_run: published sizes, the memory that a run then takes, lines that say what to change."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mdm_plugin.errors import UserError
+from mdm_plugin.training.config import config_names, find_config, load_config
+from mdm_plugin.training.options import Options
+from mdm_plugin.training.plan import GIB, plan
+from tests.conftest import TINY
+
+PUBLISHED = {"llada/8B_full": 8_015_581_184, "dream/7B_full": 7_615_616_512}
+
+
+def table(text: str) -> dict[str, float]:
+    return {k: float(v) for k, v in re.findall(r"^  (\w+) +([\d.]+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+def test_llada_8b_at_the_published_size_in_little_time_and_memory(command, ranks):
+    """30 s and 2 GB are the limits; a process of its own, whose peak is its own."""
+    script = (
+        "import resource, sys, mdm_full_finetune as recipe\n"
+        "sys.argv = ['x', '--config', 'llada/8B_full', "
+        f"'dry_run.ranks={ranks}', 'dry_run.device_gib=80']\n"
+        "recipe.main()\n"
+        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    start = time.perf_counter()
+    done = command(sys.executable, "-c", script)
+    assert time.perf_counter() - start < 60  # it takes 10 s; a busy machine may double that
+    assert int(re.search(r"PEAK (\d+)", done.stdout)[1]) < 2 * 2**20
+    assert "8,015,581,184 parameters" in done.stdout  # the published 8.02 B
+    assert "Warning" not in done.stderr
+    need = table(done.stdout)
+    assert need["parameters"] == pytest.approx(2 * 8_015_581_184 / ranks / GIB, abs=2e-3)
+    assert need["optimizer"] == pytest.approx(2 * need["parameters"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", [x for x in config_names() if x.split("/")[0] in ("llada", "dream")]
+)
+def test_every_large_config_fits_the_gpus_that_its_header_names(name):
+    header = find_config(name).read_text()
+    ranks, gib, peak = re.search(
+        r"^# (\d+) GPUs? of (\d+) GiB; .*?([\d.]+) GiB", header, re.M
+    ).groups()
+    cfg = load_config(name, [f"dry_run.ranks={ranks}", f"dry_run.device_gib={gib}"], Options)
+    text = plan(cfg, adapters="lora" in name)
+    fits = float(re.search(r"Fits: ([\d.]+) of", text)[1])
+    assert fits == pytest.approx(float(peak), abs=0.051)
+    if name in PUBLISHED:
+        assert f"{PUBLISHED[name]:,} parameters" in text
+
+
+# Where activations, the head's logits, or the optimizer's state are the largest part.
+MEASURED = {
+    "activations": [
+        *("model.embed_dim=256", "model.num_heads=4", "model.intermediate_dim=1024"),
+        *("model.num_layers=12", "batch_size=32", "loss.chunk_size=64"),
+    ],
+    "logits": ["model.vocab_size=60000", "model.embed_dim=64", "loss.chunk_size=1024"],
+    "optimizer": [
+        *("model.embed_dim=1024", "model.num_heads=8", "model.intermediate_dim=4096"),
+        *("model.num_layers=6", "batch_size=1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_peak_is_that_of_a_run(case, tmp_path, data_dir):
+    """Resident memory of a process that trains, above that of one that has only imported."""
+    overrides = [f"data_dir={data_dir}", f"output_dir={tmp_path}", *MEASURED[case]]
+    overrides += ["max_steps_per_epoch=4", "lr_scheduler=null", "optimizer.foreach=False"]
+    cfg = load_config(str(TINY), [*overrides, "dry_run.device_gib=20"], Options)
+    planned = float(re.search(r"Fits: ([\d.]+) of", plan(cfg, False))[1])
+    script = f"""
+import gc, sys, threading, time
+import psutil
+import mdm_full_finetune as recipe
+from mdm_plugin.training.checkpoint import Checkpointer
+Checkpointer.save = lambda *args: None  # of training alone
+recipe.MDMFinetune.save_checkpoint = lambda *args: None
+process, peak = psutil.Process(), 0
+before = process.memory_info().rss
+def watch():
+    global peak
+    while True:
+        peak = max(peak, process.memory_info().rss)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv = ["x", "--config", {str(TINY)!r}, *{overrides}]
+recipe.main()
+print("MEASURED", (peak - before) / 2**30)
+"""
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = float(re.search(r"MEASURED ([\d.]+)", done.stdout)[1])
+    print(case, planned, measured)
+    assert measured == pytest.approx(planned, rel=0.15)
+
+
+def test_what_does_not_fit_is_refused_with_the_line_to_change():
+    def refused(*overrides):
+        with pytest.raises(UserError) as error:
+            plan(load_config("llada/8B_full", list(overrides), Options), False)
+        return str(error.value)
+
+    line = refused("dry_run.ranks=1", "dry_run.device_gib=48")
+    assert "use more ranks" in line and "AdamW8bit" in line and "\n" not in line
+    assert "batch_size=16" in refused(
+        "batch_size=32", "global_batch_size=256", "dry_run.ranks=8", "dry_run.device_gib=24"
+    )
+    line = refused(
+        "enable_activation_checkpointing=False", "dry_run.ranks=8", "dry_run.device_gib=24"
+    )
+    assert "enable_activation_checkpointing=True" in line
+    assert "dry_run.gpus: unknown" in refused("dry_run.gpus=4")
+
+
+def test_the_run_s_length_and_the_probe(data_dir):
+    cfg = load_config(
+        str(TINY),
+        [
+            f"data_dir={data_dir}",
+            "output_dir=x",
+            "epochs=3",
+            "dry_run=True",
+            "timesteps=mdm_plugin.timesteps.ParetoOptimal",
+            "masking=mdm_plugin.masking.Mirror",
+        ],
+        Options,
+    )
+    text = plan(cfg, False)
+    # 200 rows in batches of 8, of which 20 steps; two views; 30 × 10 × 10 in the probe.
+    assert "Steps: 60 (3 epochs of 20)" in text
+    assert f"forwards: {60 * 8 * 2 + 6000:,}, 6,000 of them P-POTS's probe" in text
