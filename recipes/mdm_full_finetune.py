@@ -120,7 +120,7 @@ class MDMFinetune:
             check_resume(state, self.identity, checkpoint)
             self.checkpointer.load_optimizer(world, checkpoint, self.model, self.optimizer)
             if self.lr_scheduler:
-                self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+                self.checkpointer.load_schedule(self.lr_scheduler, state["lr_scheduler"])
             if self.ema:
                 self.checkpointer.load_average(self.model, checkpoint, self.ema)
             if state["timesteps"] and hasattr(self.timesteps, "load_state_dict"):

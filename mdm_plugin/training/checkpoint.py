@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
@@ -223,6 +225,15 @@ class Checkpointer:
     def load_state(checkpoint: Path) -> dict[str, Any]:
         """A checkpoint's state.json."""
         return json.loads((checkpoint / "state.json").read_text())
+
+    @staticmethod
+    def load_schedule(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
+        """Fill a schedule's state; its learning rates become tensors again where they are."""
+        stored = dict(state)
+        for name, own in scheduler.state_dict().items():
+            if isinstance(own, list) and any(isinstance(x, Tensor) for x in own):
+                stored[name] = [torch.tensor(x) for x in state[name]]
+        scheduler.load_state_dict(stored)
 
     @staticmethod
     def load_optimizer(

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.checkpoints import oracle, write
+from tests.checkpoints import oracle, tensors, write
 from tests.conftest import scalars
 from tests.recipes.test_full_finetune import TWO_RANKS
 
@@ -14,7 +13,7 @@ IN_BACKWARD = ("optimizer_in_bwd=True", "clip_grad_norm=null")
 
 
 def weights(tmp_path, out, step=20):
-    return load_file(tmp_path / out / f"step_{step}/model.safetensors")
+    return tensors(tmp_path / out / f"step_{step}")
 
 
 def assert_equal(a, b, **tolerance):
