@@ -16,6 +16,7 @@ from torch import nn
 
 from mdm_plugin.data import chat_dataset
 from mdm_plugin.evaluation import NELBO, ExactMatch, exact_match, nelbo
+from mdm_plugin.generation import Decoding
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.quickstart import prepare, verify
 from mdm_plugin.training.config import instantiate, load_config
@@ -47,7 +48,7 @@ def measure(model: nn.Module, weights: Path, home: Path, label: str) -> tuple[NE
         rows,
         verify,
         max_new_tokens=NEW_TOKENS,
-        steps=STEPS,
+        decoding=Decoding(steps=STEPS),
         batch_size=100,
         progress=f"Evaluating {label}",
     )

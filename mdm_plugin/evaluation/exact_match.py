@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mdm_plugin.generation import generate
+from mdm_plugin.generation import Decoding, generate
 from mdm_plugin.models.tokenizer import ChatTokenizer
 
 
@@ -39,8 +39,7 @@ def exact_match(
     *,
     max_new_tokens: int,
     batch_size: int,
-    steps: int | None = None,
-    shift: bool = False,
+    decoding: Decoding | None = None,
     progress: str | None = None,
 ) -> ExactMatch:
     """Generate an answer to each row's prompt (its turns before the last) and verify it.
@@ -50,7 +49,7 @@ def exact_match(
         tokenizer: its tokenizer.
         rows: with ``messages``, the last turn being the reference answer.
         verify: (completion, row) → whether it is right.
-        max_new_tokens, steps, shift: see ``mdm_plugin.generation.generate``.
+        max_new_tokens, decoding: see ``mdm_plugin.generation.generate``.
         batch_size: prompts per forward.
         progress: label of a progress bar; None for none.
     """
@@ -64,12 +63,13 @@ def exact_match(
         written = generate(
             model,
             prompts,
+            decoding,
             mask_id=tokenizer.mask_id,
             pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
             max_new_tokens=max_new_tokens,
-            steps=steps,
-            shift=shift,
+            seeds=range(start, start + len(batch)),
         )
-        completions += [tokenizer.decode(ids) for ids in written.tolist()]
+        completions += [tokenizer.decode(ids) for ids in written.tokens.tolist()]
     right = sum(bool(verify(text, row)) for text, row in zip(completions, rows, strict=True))
     return ExactMatch(right, len(rows), completions)

@@ -4,7 +4,7 @@ from omegaconf import DictConfig
 
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.evaluation import NELBO, nelbo
-from mdm_plugin.generation import generate
+from mdm_plugin.generation import Decoding, generate
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.training.distributed import World
 
@@ -50,12 +50,13 @@ def validate(
         written = generate(
             model,
             [prompt],
+            Decoding(steps=min(cfg.sample_steps, length), shift=shift),
             max_new_tokens=length,
-            steps=min(cfg.sample_steps, length),
-            shift=shift,
-            **ids,
+            mask_id=tokenizer.mask_id,
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
         )
-        texts = (prompt, written[0], rows[i].tokens[len(prompt) :])
+        texts = (prompt, written.tokens[0], rows[i].tokens[len(prompt) :])
         labels = ("prompt", "model", "reference")
         samples.append(
             "\n\n".join(
