@@ -43,9 +43,10 @@ def test_resuming_does_not_probe_again_and_is_the_same_run(tune, tmp_path):
     fitted = json.loads((tmp_path / "run/timesteps_step_0.json").read_text())
     assert fitted["kl"] <= fitted["kl_uniform"]
     files = {
-        name: load_file(tmp_path / f"run/step_20/{name}.safetensors") for name in ("model", "ema")
+        name: load_file(tmp_path / f"run/step_20/{name}.safetensors")
+        for name in ("model", "ema/model")
     }
-    assert not torch.equal(files["model"]["output.weight"], files["ema"]["output.weight"])
+    assert not torch.equal(files["model"]["output.weight"], files["ema/model"]["output.weight"])
     (tmp_path / "run/step_20").rename(tmp_path / "whole")
     again = tune(*common, "resume_from_checkpoint=True", out="run")
     assert "fitted" not in again.stdout
@@ -156,7 +157,7 @@ def test_mdm_variance_writes_table_json_csv_and_figures(variance, tmp_path):
     assert rows < 1 and forwards == pytest.approx(2 * rows)
     with (tmp_path / "v/variance.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3
-    for name in ("variance_parts.png", "variance_compute.png", "timesteps_P-POTS.png"):
+    for name in ("variance_parts.png", "variance_compute.png", "timesteps_P_POTS.png"):
         assert (tmp_path / "v" / name).stat().st_size > 5000
 
 
