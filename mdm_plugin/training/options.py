@@ -102,3 +102,29 @@ class VarianceOptions:
     fsdp_cpu_offload: bool = False
     fsdp_reshard_after_forward: bool = True
     data_parallel_shard_dim: int = -1
+
+
+@dataclass
+class GenerateOptions:
+    """mdm_generate's top-level keys, their types and defaults."""
+
+    tokenizer: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    checkpointer: dict[str, Any] = MISSING
+    decoding: dict[str, Any] = MISSING
+    sampler: dict[str, Any] = MISSING
+
+    prompt: str | None = None  # one, on the command line
+    prompts: Any = None  # a file of them, or - for stdin (which YAML reads as a list of nothing)
+    system_prompt: str | None = None
+    chat: bool = True  # a prompt is a user's turn; False: text to be continued
+    max_new_tokens: int = 256
+    output: str | None = None  # JSON lines; None for stdout
+    overwrite: bool = False
+    live: bool | None = None  # show the text as it is unmasked; None: on a terminal
+
+    device: str = "cuda"
+    dtype: str = "bf16"
+    compile: bool = False
+    batch_size: int = 8
+    seed: int = 0

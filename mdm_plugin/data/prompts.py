@@ -1,0 +1,109 @@
+"""Prompts to generate from: one on the command line, a file of them, or stdin."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mdm_plugin.data.sources import Invalid, read_rows
+from mdm_plugin.errors import UserError
+from mdm_plugin.models.tokenizer import ChatTokenizer
+
+
+class Prompt(NamedTuple):
+    """place: file and line. row: what the output line begins with. ids: of the rendered prompt."""
+
+    place: str
+    row: dict[str, Any]
+    ids: list[int]
+
+
+def read_prompts(
+    tokenizer: ChatTokenizer,
+    prompt: str | None = None,
+    prompts: Any = None,
+    system_prompt: str | None = None,
+    chat: bool = True,
+) -> list[Prompt]:
+    """The prompts, tokenised.
+
+    Args:
+        tokenizer: renders the chat template.
+        prompt: a single one.
+        prompts: a file of them: .jsonl, .json or .parquet rows with ``prompt`` or ``messages``
+            (a last assistant turn is left out), any other file a prompt per line; ``-`` for stdin,
+            a prompt per line.
+        system_prompt: a system turn before each ``prompt``.
+        chat: each is a user's turn; False for text to be continued.
+
+    Raises:
+        UserError: unless one of ``prompt`` and ``prompts`` is given; on a file that is missing or
+            empty, or a row that is no prompt, with its place.
+    """
+    if (prompt is None) == (prompts is None):
+        raise UserError('prompt, prompts: give one of them: prompt="text", or prompts=file')
+    if not (prompts is None or isinstance(prompts, str) or list(prompts) == [None]):
+        raise UserError(f"prompts: {prompts}: name one file, or - for stdin")
+    source = prompts if isinstance(prompts, str) else "-"
+    rows = [("prompt", prompt)] if prompt is not None else _read(source)
+    found = []
+    for place, row in rows:
+        if isinstance(row, Invalid):
+            raise UserError(f"{place}: {row.reason}")
+        if isinstance(row, str):
+            row = {"prompt": row}
+        if not isinstance(row, Mapping):
+            raise UserError(f"{place}: a row is an object with prompt or messages")
+        ids = _ids(tokenizer, row, place, system_prompt, chat)
+        if tokenizer.mask_id in ids:
+            raise UserError(f"{place}: the prompt holds the mask token itself")
+        found.append(Prompt(place, dict(row), ids))
+    if not found:
+        raise UserError(f"prompts: {source} has no prompts")
+    return found
+
+
+def _read(prompts: str) -> Iterator[tuple[str, Any]]:
+    if prompts == "-":
+        lines, name = sys.stdin.read().splitlines(), "stdin"
+    elif Path(prompts).suffix in (".jsonl", ".json", ".ndjson", ".parquet"):
+        yield from read_rows(prompts)
+        return
+    else:
+        file, name = Path(prompts).expanduser(), prompts
+        if not file.is_file():
+            raise UserError(f"prompts: {file} does not exist")
+        try:
+            lines = file.read_text().splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompts: {file} is not UTF-8 text: {error.reason}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{name}:{number}", line
+
+
+def _ids(
+    tokenizer: ChatTokenizer,
+    row: Mapping[str, Any],
+    place: str,
+    system_prompt: str | None,
+    chat: bool,
+) -> list[int]:
+    messages, text = row.get("messages"), row.get("prompt")
+    if messages is None:
+        if not isinstance(text, str) or not text:
+            raise UserError(f"{place}: no text in 'prompt', and no 'messages'")
+        if not chat:
+            return tokenizer.encode(text)
+        messages = [{"role": "user", "content": text}]
+        if system_prompt:
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+    turns = list(messages) if isinstance(messages, list) else []
+    if turns and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "assistant":
+        turns = turns[:-1]
+    if not turns or not all(
+        isinstance(x, Mapping) and isinstance(x.get("content"), str) and x.get("role")
+        for x in turns
+    ):
+        raise UserError(f'{place}: messages is not a list of {{"role", "content"}} turns')
+    return tokenizer.prompt(turns)

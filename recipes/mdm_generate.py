@@ -1,0 +1,164 @@
+"""Write text with a masked diffusion model.
+
+    tune run mdm_generate --config quickstart_generate prompt="…"
+    tune run mdm_generate --config my.yaml prompts=questions.jsonl output=answers.jsonl
+    cat prompts.txt | tune run mdm_generate --config my.yaml prompts=-
+    tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… output=…
+
+On a terminal the text is shown while it is being unmasked. Each rank holds the model and takes
+its share of the batches; a prompt's text depends on its seed (``seed`` + its number) alone.
+
+Every option with its default: ``GenerateOptions`` in ``mdm_plugin/training/options.py``.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torchtune import training
+from tqdm import tqdm
+
+from mdm_plugin.data.prompts import Prompt, read_prompts
+from mdm_plugin.errors import UserError
+from mdm_plugin.generation import generate
+from mdm_plugin.training.checks import check_checkpoint, check_data
+from mdm_plugin.training.config import instantiate, parse
+from mdm_plugin.training.distributed import World, build_model, distributed
+from mdm_plugin.training.live import LiveText
+from mdm_plugin.training.options import GenerateOptions
+
+
+class MDMGenerate:
+    """Set up, generate, write."""
+
+    def __init__(self, cfg: DictConfig, world: World) -> None:
+        self.cfg, self.world = cfg, world
+
+    def setup(self) -> None:
+        cfg, world = self.cfg, self.world
+        for key in ("batch_size", "max_new_tokens"):
+            if cfg[key] < 1:
+                raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+        self.decoding = instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler"))
+        try:
+            self.decoding.steps_per_block(cfg.max_new_tokens)
+        except ValueError as error:
+            raise UserError(f"decoding: {error}") from error
+        self.tokenizer = instantiate(cfg, "tokenizer")
+        self.output = Path(cfg.output).expanduser() if cfg.output else None
+        if self.output and self.output.exists() and not cfg.overwrite:
+            raise UserError(f"output: {self.output} exists: name another, or set overwrite=True")
+        self.prompts = read_prompts(
+            self.tokenizer, cfg.prompt, cfg.prompts, cfg.system_prompt, cfg.chat
+        )
+        checkpointer = instantiate(cfg, "checkpointer")
+        if checkpointer.weights is None:
+            raise UserError("checkpointer.checkpoint_dir: not given: name the weights to use")
+        self.model = build_model(
+            lambda: instantiate(cfg, "model"),
+            world._replace(mesh=None, size=1),  # each rank holds the whole
+            dtype=training.get_dtype(cfg.dtype, device=world.device),
+            compile=cfg.compile,
+        ).eval()
+        check_checkpoint(checkpointer.weights, self.model, self.tokenizer)
+        check_data(self.model, self.tokenizer)
+        for prompt in self.prompts:
+            if len(prompt.ids) + cfg.max_new_tokens > self.model.max_seq_len:
+                raise UserError(
+                    f"{prompt.place}: {len(prompt.ids)} tokens and max_new_tokens "
+                    f"{cfg.max_new_tokens} are more than the model takes, {self.model.max_seq_len}"
+                )
+        checkpointer.load_weights(self.model)
+
+    def run(self) -> None:
+        cfg, world = self.cfg, self.world
+        starts = range(0, len(self.prompts), cfg.batch_size)
+        mine = starts[world.rank :: world.size]
+        written, forwards, start = [], 0, time.perf_counter()
+        shown = sys.stderr.isatty() if cfg.live is None else cfg.live
+        live = LiveText(self.tokenizer) if shown and world.rank == 0 else None
+        quiet = world.rank != 0 or live is not None or len(starts) < 2
+        for first in tqdm(mine, desc="Generating", unit="batch", disable=quiet):
+            batch = self.prompts[first : first + cfg.batch_size]
+            lines, used = self.generate(batch, first, live)
+            forwards += used
+            written.append(lines)
+        everyone: list[Any] = [written]
+        if world.size > 1:
+            everyone = [None] * world.size
+            dist.all_gather_object(everyone, written)
+            forwards = int(world.sum(torch.tensor(forwards)))
+        if world.rank != 0:
+            return
+        seconds = time.perf_counter() - start
+        # Batch b was rank b mod size's, its number b // size.
+        lines = [x for b in range(len(starts)) for x in everyone[b % world.size][b // world.size]]
+        with self.writer() as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        tokens = sum(line["tokens"] for line in lines)
+        where = f"; {self.output}" if self.output else ""
+        print(
+            f"{len(lines)} prompts, {tokens} tokens, {forwards} forwards, {seconds:.1f} s, "
+            f"{tokens / seconds:.1f} tokens/s{where}",
+            file=sys.stderr,
+        )
+
+    def generate(
+        self, batch: list[Prompt], first: int, live: LiveText | None
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Lines of a batch's output, and the forwards that they took."""
+        cfg = self.cfg
+        result = generate(
+            self.model,
+            [torch.tensor(prompt.ids) for prompt in batch],
+            self.decoding,
+            mask_id=self.tokenizer.mask_id,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.eos_id,
+            max_new_tokens=cfg.max_new_tokens,
+            seeds=[cfg.seed + first + i for i in range(len(batch))],
+            on_step=live.show if live else None,
+        )
+        if live:
+            live.end()
+        lines = []
+        for prompt, ids in zip(batch, result.tokens.tolist(), strict=True):
+            count = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
+            text = self.tokenizer.decode(ids)
+            lines.append({**prompt.row, "completion": text, "tokens": count})
+        return lines, result.forwards
+
+    def writer(self) -> Any:
+        if self.output is None:
+            return _Console()
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        return self.output.open("w")
+
+
+class _Console:
+    """stdout as a file that ``with`` does not close."""
+
+    def __enter__(self) -> Any:
+        return sys.stdout
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+
+
+@parse(GenerateOptions)
+def main(cfg: DictConfig) -> None:
+    """Write text with a masked diffusion model."""
+    with distributed(cfg.device) as world:
+        recipe = MDMGenerate(cfg, world)
+        recipe.setup()
+        recipe.run()
+
+
+if __name__ == "__main__":
+    main()

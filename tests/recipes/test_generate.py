@@ -1,0 +1,161 @@
+"""mdm_generate: prompts from three places, any number of ranks, the live view, wrong inputs."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from mdm_plugin.models import ChatTokenizer
+from mdm_plugin.training.live import MASK, LiveText
+from tests.recipes.test_full_finetune import TWO_RANKS
+
+CONFIG = """
+tokenizer:
+  _component_: mdm_plugin.models.ChatTokenizer
+  path: ${data_dir}
+model:
+  _component_: mdm_plugin.models.llada
+  vocab_size: 320
+  num_layers: 2
+  num_heads: 2
+  embed_dim: 32
+  intermediate_dim: 64
+  max_seq_len: 96
+checkpointer:
+  _component_: mdm_plugin.training.Checkpointer
+  checkpoint_dir: ${run}
+  output_dir: ${run}
+decoding: {_component_: mdm_plugin.generation.Decoding}
+sampler: {_component_: mdm_plugin.generation.Remasking}
+max_new_tokens: 8
+batch_size: 2
+device: cpu
+dtype: fp32
+"""
+
+
+@pytest.fixture
+def generate(command, tune, tmp_path, data_dir):
+    tune("max_steps_per_epoch=1", out="run")
+    paths = f"data_dir: {data_dir}\nrun: {tmp_path / 'run/step_1'}\n"
+    (tmp_path / "generate.yaml").write_text(paths + CONFIG)
+
+    def run(*overrides, launch=(), **kwargs):
+        arguments = (*launch, "mdm_generate", "--config", "generate.yaml", *overrides)
+        return command("tune", "run", *arguments, **kwargs)
+
+    return run
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def test_a_prompt_s_text_is_its_own_in_a_batch_on_two_ranks_and_alone(generate, tmp_path):
+    texts = ["one", "a longer second prompt", "3", "4 + 4", "five"]
+    rows = [{"prompt": t, "id": i} for i, t in enumerate(texts)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    warm = ("decoding.temperature=0.7", "sampler.order=random", "seed=5")
+    done = generate("prompts=p.jsonl", "output=one.jsonl", *warm)
+    assert "5 prompts" in done.stderr and "tokens/s" in done.stderr
+    generate("prompts=p.jsonl", "output=two.jsonl", *warm, launch=TWO_RANKS)
+    one, two = ((tmp_path / f"{x}.jsonl").read_text() for x in ("one", "two"))
+    assert one == two
+    found = lines(one)
+    assert [x["id"] for x in found] == [0, 1, 2, 3, 4]
+    # The fourth prompt alone, with its own seed.
+    alone = lines(generate("prompt=4 + 4", *warm[:2], "seed=8").stdout)
+    assert alone[0]["completion"] == found[3]["completion"]
+    (tmp_path / "p.txt").write_text("one\n\na longer second prompt\n")
+    plain = lines(generate("prompts=p.txt", *warm).stdout)
+    assert [x["completion"] for x in plain] == [x["completion"] for x in found[:2]]
+
+
+def test_prompts_from_stdin(generate, command, tmp_path):
+    done = command(
+        "bash", "-c", "echo hello | tune run mdm_generate --config generate.yaml prompts=-"
+    )
+    assert lines(done.stdout)[0]["prompt"] == "hello"
+
+
+def test_other_samplers_by_config(generate):
+    for overrides in (
+        ["sampler=mdm_plugin.generation.Threshold", "decoding.block_length=4"],
+        ["sampler=mdm_plugin.generation.Stable", "decoding.cache=dual", "decoding.block_length=4"],
+    ):
+        assert lines(generate("prompt=3 + 4", *overrides).stdout)[0]["prompt"] == "3 + 4"
+
+
+def test_the_live_view_shows_masks_and_writes_over_itself(tokenizer: ChatTokenizer, capsys):
+    live = LiveText(tokenizer)
+    ids = tokenizer.encode("3 + 4 = 7")
+    half = torch.tensor([*ids[:3], tokenizer.mask_id, tokenizer.mask_id])
+    assert live.text(half) == tokenizer.decode(ids[:3]) + 2 * MASK
+    live.show(half[None])
+    live.show(torch.tensor([[*ids, tokenizer.eos_id, tokenizer.eos_id]]))
+    first, second = capsys.readouterr().err.split("\x1b[1A\r\x1b[J")
+    assert MASK in first and second == "3 + 4 = 7\n"
+
+
+WRONG = {
+    "no prompt": ([], "prompt, prompts: give one of them"),
+    "both": (["prompt=a", "prompts=p.jsonl"], "prompt, prompts: give one of them"),
+    "no file": (["prompts=nowhere.txt"], "nowhere.txt does not exist"),
+    "an empty file": (["prompts=empty.txt"], "has no prompts"),
+    "bad JSON": (["prompts=bad.jsonl"], "bad.jsonl:2: not valid JSON"),
+    "a row without a prompt": (["prompts=none.jsonl"], "none.jsonl:1: no text in 'prompt'"),
+    "turns that are none": (["prompts=turns.jsonl"], "turns.jsonl:1: messages is not a list"),
+    "not text": (["prompts=binary.txt"], "binary.txt is not UTF-8"),
+    "the mask token": (["prompt=a <|mdm_mask|>"], "holds the mask token itself"),
+    "too long": (["prompt=" + "abc " * 90], "are more than the model takes, 96"),
+    "no tokens": (["prompt=a", "max_new_tokens=0"], "max_new_tokens: 0"),
+    "a block that does not divide": (["prompt=a", "decoding.block_length=3"], "block_length 3"),
+    "fewer steps than blocks": (
+        ["prompt=a", "decoding.block_length=2", "decoding.steps=2"],
+        "multiple of the 4 blocks",
+    ),
+    "more steps than tokens": (["prompt=a", "decoding.steps=9"], "steps is 9"),
+    "no such order": (["prompt=a", "sampler.order=best"], "order is 'best'"),
+    "no such cache": (["prompt=a", "decoding.cache=all"], "cache is 'all'"),
+    "negative temperature": (["prompt=a", "decoding.temperature=-1"], "temperature is -1"),
+    "no weights": (["prompt=a", "checkpointer.checkpoint_dir=null"], "name the weights to use"),
+    "output exists": (["prompt=a", "output=empty.txt"], "exists: name another"),
+    "an unknown sampler": (
+        ["prompt=a", "sampler=mdm_plugin.generation.Best"],
+        "cannot be imported",
+    ),
+}
+
+
+@pytest.fixture
+def in_process(tune, tmp_path, data_dir, monkeypatch, capsys):
+    """The recipe called here, as its command would be: exit code and stderr."""
+    import mdm_generate
+
+    tune("max_steps_per_epoch=1", out="run")
+    paths = f"data_dir: {data_dir}\nrun: {tmp_path / 'run/step_1'}\n"
+    (tmp_path / "generate.yaml").write_text(paths + CONFIG)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides):
+        monkeypatch.setattr(sys, "argv", ["x", "--config", "generate.yaml", *overrides])
+        with pytest.raises(SystemExit) as stopped:
+            mdm_generate.main()
+        return stopped.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_each_wrong_input_is_one_line(in_process, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{broken\n')
+    (tmp_path / "none.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "turns.jsonl").write_text('{"messages": ["a"]}\n')
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for case, (overrides, expected) in WRONG.items():
+        code, error = in_process(*overrides)
+        assert code == 2, case
+        assert error.startswith("error: ") and expected in error, (case, error)
+        assert error.count("\n") == 1, (case, error)
+    assert (tmp_path / "empty.txt").read_text() == "\n"
