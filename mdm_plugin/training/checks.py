@@ -31,6 +31,8 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
     for key in positive.split():
         if cfg[key] is not None and cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+    if cfg.val_draws % 2:
+        raise UserError(f"val_draws: {cfg.val_draws}: use an even number: masks come in pairs")
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         raise UserError(f"clip_grad_norm: {cfg.clip_grad_norm}: use more than 0, or null")
     if cfg.run_val_every_n_steps and cfg.dataset_val is None:

@@ -65,7 +65,7 @@ class Options:
     save_every_n_steps: int | None = None  # besides
     keep_last_n: int | None = None
     run_val_every_n_steps: int | None = None  # and before the first and after the last step
-    val_draws: int = 8  # forwards per validation row
+    val_draws: int = 8  # forwards per validation row, an even number
     sample_rows: int = 4  # validation prompts that the model completes at each validation
     sample_new_tokens: int = 64
     sample_steps: int = 32

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -53,8 +54,31 @@ def test_nelbo_is_the_exact_one_within_its_error(tiny_model, rows):
     assert abs(float(estimates.mean()) - truth) < 4 * error
 
 
+def test_its_error_is_that_of_other_seeds_and_its_interval_covers_the_truth(tiny_model):
+    """40 rows of 4 tokens, so that an error estimated by row averages out."""
+    with torch.no_grad():
+        tiny_model.output.weight.mul_(20)
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randint(1, 300, (40, 6), generator=generator)
+    rows = Rows((x.tolist(), [False] * 2 + [True] * 4) for x in tokens)
+    truth = sum(exact_nelbo(tiny_model, rows[i].tokens, rows[i].eligible) for i in range(40)) / 160
+    arguments = {"mask_id": MASK, "pad_id": PAD, "batch_size": 256, "device": CPU, "draws": 8}
+    found = [nelbo(tiny_model, rows, seed=seed, **arguments) for seed in range(100)]
+    actual = float(torch.tensor([x.nats for x in found]).std())
+    stated = sum(x.error for x in found) / 100
+    assert actual <= 1.15 * stated and stated <= 2 * actual
+    covered = sum(low <= truth <= high for low, high in (x.interval() for x in found))
+    assert covered >= 90
+    assert found[0].report()["perplexity_bound"] == pytest.approx(math.exp(found[0].nats))
+
+
+def test_an_odd_number_of_draws_is_refused(tiny_model, rows):
+    with pytest.raises(ValueError, match="draws is 3"):
+        nelbo(tiny_model, rows, mask_id=MASK, pad_id=PAD, batch_size=4, device=CPU, draws=3)
+
+
 def test_nelbo_does_not_depend_on_the_batch_or_on_the_ranks(tiny_model, rows):
-    arguments = {"mask_id": MASK, "pad_id": PAD, "device": CPU, "draws": 5}
+    arguments = {"mask_id": MASK, "pad_id": PAD, "device": CPU, "draws": 6}
     whole = nelbo(tiny_model, rows, batch_size=16, **arguments).nats
     assert nelbo(tiny_model, rows, batch_size=3, **arguments).nats == pytest.approx(whole, rel=1e-6)
     assert nelbo(tiny_model, rows, batch_size=1, **arguments).nats == pytest.approx(whole, rel=1e-6)
@@ -62,7 +86,7 @@ def test_nelbo_does_not_depend_on_the_batch_or_on_the_ranks(tiny_model, rows):
 
 def test_nelbo_of_a_uniform_model_is_log_vocabulary(tiny_model, rows):
     torch.nn.init.zeros_(tiny_model.output.weight)
-    result = nelbo(tiny_model, rows, mask_id=MASK, pad_id=PAD, batch_size=4, device=CPU, draws=3)
+    result = nelbo(tiny_model, rows, mask_id=MASK, pad_id=PAD, batch_size=4, device=CPU, draws=4)
     assert result.nats == pytest.approx(torch.log(torch.tensor(320.0)).item(), rel=1e-5)
     assert (result.rows, result.tokens) == (2, 8)
 
