@@ -8,12 +8,12 @@ from torchtune._cli.tune import TuneCLIParser
 
 from mdm_plugin.training.config import config_names, configs_directory
 
-RECIPES = ("mdm_full_finetune", "mdm_lora_finetune", "mdm_variance", "mdm_generate")
+RECIPES = ("mdm_full_finetune", "mdm_lora_finetune", "mdm_variance", "mdm_generate", "mdm_eval")
 
 
 def recipe_of(config: str) -> str:
     """The recipe that a packaged config is for."""
-    for ending in ("variance", "generate"):
+    for ending in ("variance", "generate", "eval"):
         if config.endswith(ending):
             return f"mdm_{ending}"
     return "mdm_lora_finetune" if config.endswith("lora") else "mdm_full_finetune"

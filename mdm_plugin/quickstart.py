@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -203,6 +203,11 @@ def _verifier() -> Any:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(FAMILY, seed=0, size=1, **SETTINGS)
+
+
+def verifier() -> Callable[[str, Mapping[str, Any]], bool]:
+    """``verify``, as mdm_eval's ``verifier`` takes it: a component that gives a function."""
+    return verify
 
 
 def verify(completion: str, row: Mapping[str, Any]) -> bool:

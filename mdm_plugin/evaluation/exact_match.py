@@ -25,10 +25,15 @@ class ExactMatch(NamedTuple):
 
     def interval(self) -> tuple[float, float]:
         """95 % Wilson score interval of the accuracy."""
-        z, n, p = 1.959964, self.total, self.accuracy
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return centre - half, centre + half
+        return wilson(self.correct, self.total)
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927)."""
+    z, n, p = 1.959964, total, correct / total
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
 
 
 def exact_match(

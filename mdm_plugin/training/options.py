@@ -128,3 +128,29 @@ class GenerateOptions:
     compile: bool = False
     batch_size: int = 8
     seed: int = 0
+
+
+@dataclass
+class EvalOptions:
+    """mdm_eval's top-level keys, their types and defaults."""
+
+    tokenizer: dict[str, Any] = MISSING
+    model: dict[str, Any] = MISSING
+    checkpointer: dict[str, Any] = MISSING
+    decoding: dict[str, Any] = MISSING
+    sampler: dict[str, Any] = MISSING
+
+    tasks: list[str] = MISSING  # nelbo, exact_match, reasoning_gym/NAME
+    dataset: dict[str, Any] | None = None  # of nelbo
+    draws: int = 32  # of nelbo: forwards per row, an even number
+    rows: str | None = None  # of exact_match: a file of conversations, the last turn the reference
+    verifier: dict[str, Any] | None = None  # of exact_match: gives a function of (completion, row)
+    reasoning_gym: dict[str, Any] | None = None  # size, seed and settings of its tasks
+    max_new_tokens: int = 256
+
+    output_dir: str = MISSING
+    device: str = "cuda"
+    dtype: str = "bf16"
+    compile: bool = False
+    batch_size: int = 8
+    seed: int = 0

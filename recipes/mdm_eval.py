@@ -1,0 +1,230 @@
+"""How good is a masked diffusion model? Likelihood bound, right answers, with 95 % intervals.
+
+    tune run mdm_eval --config quickstart_eval
+    tune run --nproc_per_node 8 mdm_eval --config my.yaml tasks=[nelbo,exact_match]
+    tune run mdm_eval --config my.yaml tasks=[reasoning_gym/chain_sum] reasoning_gym.size=200
+    python -m mdm_plugin.evaluation.compare before/ after/ --figure difference.png
+
+Each row's result is written as it comes: the same command after a kill goes on where it was. Each
+rank holds the model and takes its share of the rows; the figures do not depend on how many.
+
+Every option with its default: ``EvalOptions`` in ``mdm_plugin/training/options.py``.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torchtune import training
+from tqdm import tqdm
+
+from mdm_plugin.data import Rows
+from mdm_plugin.data.prompts import Prompt, read_prompts
+from mdm_plugin.errors import UserError
+from mdm_plugin.evaluation.exact_match import wilson
+from mdm_plugin.evaluation.nelbo import bounds, summary
+from mdm_plugin.evaluation.reasoning import reasoning_gym_task
+from mdm_plugin.evaluation.results import Parts
+from mdm_plugin.generation import generate
+from mdm_plugin.training.checks import check_checkpoint, check_data
+from mdm_plugin.training.config import instantiate, parse
+from mdm_plugin.training.distributed import World, build_model, distributed
+from mdm_plugin.training.options import EvalOptions
+
+Verifier = Callable[[str, Mapping[str, Any]], bool]
+
+
+class MDMEval:
+    """Set up, evaluate each task, report."""
+
+    def __init__(self, cfg: DictConfig, world: World) -> None:
+        self.cfg, self.world = cfg, world
+        self.output_dir = Path(cfg.output_dir).expanduser()
+
+    def setup(self) -> None:
+        cfg, world = self.cfg, self.world
+        for key in ("batch_size", "max_new_tokens"):
+            if cfg[key] < 1:
+                raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+        if cfg.draws < 4 or cfg.draws % 2:
+            raise UserError(f"draws: {cfg.draws}: use an even number from 4")
+        self.decoding = instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler"))
+        try:
+            self.decoding.steps_per_block(cfg.max_new_tokens)
+        except ValueError as error:
+            raise UserError(f"decoding: {error}") from error
+        self.tokenizer = instantiate(cfg, "tokenizer")
+        self.rows: Rows | None = None
+        self.prompts: dict[str, tuple[list[Prompt], Verifier]] = {}
+        for task in cfg.tasks:
+            self.read(task)
+        checkpointer = instantiate(cfg, "checkpointer")
+        if checkpointer.weights is None:
+            raise UserError("checkpointer.checkpoint_dir: not given: name the weights to evaluate")
+        self.model = build_model(
+            lambda: instantiate(cfg, "model"),
+            world._replace(mesh=None, size=1),  # each rank holds the whole
+            dtype=training.get_dtype(cfg.dtype, device=world.device),
+            compile=cfg.compile,
+        ).eval()
+        check_checkpoint(checkpointer.weights, self.model, self.tokenizer)
+        check_data(self.model, self.tokenizer, self.rows)
+        for prompts, _ in self.prompts.values():
+            for prompt in prompts:
+                if len(prompt.ids) + cfg.max_new_tokens > self.model.max_seq_len:
+                    raise UserError(
+                        f"{prompt.place}: {len(prompt.ids)} tokens and max_new_tokens "
+                        f"{cfg.max_new_tokens} are more than the model takes, "
+                        f"{self.model.max_seq_len}"
+                    )
+        checkpointer.load_weights(self.model)
+        self.identity = {
+            "checkpoint": str(checkpointer.weights.directory),
+            "checkpoint_sha256": _digest(sorted(set(checkpointer.weights.where.values()))),
+            "config": OmegaConf.to_container(cfg, resolve=True),
+        }
+        self.begin()
+
+    def read(self, task: str) -> None:
+        """The data of a task."""
+        cfg = self.cfg
+        if task == "nelbo":
+            if cfg.dataset is None:
+                raise UserError("tasks: nelbo needs dataset")
+            self.rows = instantiate(cfg, "dataset", self.tokenizer)
+        elif task == "exact_match":
+            if cfg.rows is None or cfg.verifier is None:
+                raise UserError("tasks: exact_match needs rows, a file, and verifier")
+            verify = instantiate(cfg, "verifier")
+            self.prompts[task] = read_prompts(self.tokenizer, prompts=cfg.rows), verify
+        elif task.startswith("reasoning_gym/"):
+            rows, verify = reasoning_gym_task(task.partition("/")[2], dict(cfg.reasoning_gym or {}))
+            self.prompts[task] = (
+                [
+                    Prompt(f"{task}[{i}]", row, self.tokenizer.prompt(row["messages"]))
+                    for i, row in enumerate(rows)
+                ],
+                verify,
+            )
+        else:
+            raise UserError(
+                f"tasks: {task} is not known (known: nelbo, exact_match, reasoning_gym/NAME)"
+            )
+
+    def begin(self) -> None:
+        """Open the directory of results; one of another evaluation is not mixed with this one."""
+        file = self.output_dir / "evaluation.json"
+        if self.world.rank == 0:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                file.write_text(json.dumps(self.identity, indent=1))
+        self.barrier()
+        if json.loads(file.read_text()) != json.loads(json.dumps(self.identity)):
+            raise UserError(
+                f"output_dir: {self.output_dir} holds results of another config or checkpoint: "
+                "name another directory, or remove it"
+            )
+
+    def run(self) -> None:
+        start, results = time.perf_counter(), {}
+        for task in self.cfg.tasks:
+            parts = Parts(self.output_dir, task, self.world.rank)
+            count = len(self.rows) if task == "nelbo" and self.rows else 0
+            count = count or len(self.prompts[task][0])
+            done = parts.read()
+            pending = [i for i in range(count) if i not in done]
+            self.barrier()  # all ranks have read before any writes
+            size = self.cfg.batch_size if task != "nelbo" else max(1, self.cfg.batch_size // 4)
+            batches = [pending[i : i + size] for i in range(0, len(pending), size)]
+            mine = batches[self.world.rank :: self.world.size]
+            evaluate = self.likelihood if task == "nelbo" else self.answers
+            for batch in tqdm(mine, desc=task, unit="batch", disable=self.world.rank != 0):
+                parts.write(evaluate(task, batch))
+            self.barrier()
+            records = [x for _, x in sorted(parts.read().items())]
+            results[task] = _likelihood(records) if task == "nelbo" else _accuracy(records)
+        if self.world.rank == 0:
+            seconds = round(time.perf_counter() - start, 1)
+            out = {**self.identity, "tasks": results, "seconds": seconds}
+            (self.output_dir / "results.json").write_text(json.dumps(out, indent=1))
+            for task, figures in results.items():
+                for name, value in figures.items():
+                    print(f"{task:24} {name:42} {value:.6g}")
+            print(f"Written to {self.output_dir / 'results.json'}")
+
+    def likelihood(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
+        """A record for each row: its bound's estimates, nats."""
+        assert self.rows is not None
+        values = bounds(
+            self.model,
+            self.rows,
+            torch.tensor(batch),
+            mask_id=self.tokenizer.mask_id,
+            pad_id=self.tokenizer.pad_id,
+            batch_size=self.cfg.batch_size,
+            device=self.world.device,
+            draws=self.cfg.draws,
+            seed=self.cfg.seed,
+            shift=self.decoding.shift,
+        )
+        for i, nats in zip(batch, values.tolist(), strict=True):
+            yield {"index": i, "nats": nats, "tokens": int(self.rows[i].eligible.sum())}
+
+    def answers(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
+        """A record for each prompt: the completion, and whether it is right."""
+        prompts, verify = self.prompts[task]
+        written = generate(
+            self.model,
+            [torch.tensor(prompts[i].ids) for i in batch],
+            self.decoding,
+            mask_id=self.tokenizer.mask_id,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.eos_id,
+            max_new_tokens=self.cfg.max_new_tokens,
+            seeds=[self.cfg.seed + i for i in batch],
+        )
+        for i, ids in zip(batch, written.tokens.tolist(), strict=True):
+            text = self.tokenizer.decode(ids)
+            yield {"index": i, "completion": text, "correct": bool(verify(text, prompts[i].row))}
+
+    def barrier(self) -> None:
+        if self.world.size > 1:
+            dist.barrier()
+
+
+def _likelihood(records: list[dict[str, Any]]) -> dict[str, float]:
+    values = torch.tensor([x["nats"] for x in records], dtype=torch.float64)
+    return summary(values, torch.tensor([x["tokens"] for x in records])).report()
+
+
+def _accuracy(records: list[dict[str, Any]]) -> dict[str, float]:
+    right = sum(x["correct"] for x in records)
+    low, high = wilson(right, len(records))
+    return {"accuracy": right / len(records), "low": low, "high": high, "rows": len(records)}
+
+
+def _digest(files: list[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
+
+
+@parse(EvalOptions)
+def main(cfg: DictConfig) -> None:
+    """Evaluate a masked diffusion model."""
+    with distributed(cfg.device) as world:
+        recipe = MDMEval(cfg, world)
+        recipe.setup()
+        recipe.run()
+
+
+if __name__ == "__main__":
+    main()
