@@ -171,3 +171,18 @@ def test_a_truncated_parquet_file_is_named(tokenizer, tmp_path):
 def test_all_rows_skipped_is_an_error(tokenizer, write_jsonl):
     with pytest.raises(UserError, match="all 2 rows were skipped"):
         chat_dataset(tokenizer, source=write_jsonl("x", "y"), on_bad_row="skip")
+
+
+def test_packed_text_fills_every_row_and_loses_no_token(tokenizer, data_dir, write_jsonl):
+    documents = ["4 + 5 = 9", "1 + 2 = 3\n3 + 3 = 6", "7", "8 - 3 = 5"]
+    source = write_jsonl(*({"text": x} for x in documents))
+    plain = text_dataset(tokenizer, source=source)
+    short = ChatTokenizer(str(data_dir), max_seq_len=7)
+    packed = text_dataset(short, source=source, packed=True)
+    flat = [[t for r in rows for t in r.tokens.tolist()] for rows in (plain, packed)]
+    assert flat[0] == flat[1]
+    lengths = [len(r.tokens) for r in packed]
+    assert set(lengths[:-1]) == {7} and 0 < lengths[-1] <= 7
+    assert all(r.eligible.all() for r in packed) and not packed.report
+    with pytest.raises(UserError, match=r"set tokenizer\.max_seq_len"):
+        text_dataset(tokenizer, source=source, packed=True)
