@@ -3,6 +3,7 @@
     tune run mdm_eval --config quickstart_eval
     tune run --nproc_per_node 8 mdm_eval --config my.yaml tasks=[nelbo,exact_match]
     tune run mdm_eval --config my.yaml tasks=[reasoning_gym/chain_sum] reasoning_gym.size=200
+    tune run mdm_eval --config my.yaml tasks=[gsm8k] lm_eval.num_fewshot=4  # needs lm-eval
     python -m mdm_plugin.evaluation.compare before/ after/ --figure difference.png
 
 Each row's result is written as it comes: the same command after a kill goes on where it was. Each
@@ -28,6 +29,7 @@ from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt, read_prompts
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.exact_match import wilson
+from mdm_plugin.evaluation.harness_tasks import check_harness_task, run_harness_task
 from mdm_plugin.evaluation.nelbo import bounds, summary
 from mdm_plugin.evaluation.reasoning import reasoning_gym_task
 from mdm_plugin.evaluation.results import Parts
@@ -113,9 +115,10 @@ class MDMEval:
                 verify,
             )
         else:
-            raise UserError(
-                f"tasks: {task} is not known (known: nelbo, exact_match, reasoning_gym/NAME)"
-            )
+            check_harness_task(task, self.harness_settings())
+
+    def harness_settings(self) -> dict[str, Any]:
+        return dict(self.cfg.lm_eval or {})
 
     def begin(self) -> None:
         """Open the directory of results; one of another evaluation is not mixed with this one."""
@@ -134,6 +137,9 @@ class MDMEval:
     def run(self) -> None:
         start, results = time.perf_counter(), {}
         for task in self.cfg.tasks:
+            if task != "nelbo" and task not in self.prompts:
+                results[task] = self.harness(task)
+                continue
             parts = Parts(self.output_dir, task, self.world.rank)
             count = len(self.rows) if task == "nelbo" and self.rows else 0
             count = count or len(self.prompts[task][0])
@@ -192,6 +198,28 @@ class MDMEval:
         for i, ids in zip(batch, written.tokens.tolist(), strict=True):
             text = self.tokenizer.decode(ids)
             yield {"index": i, "completion": text, "correct": bool(verify(text, prompts[i].row))}
+
+    def harness(self, task: str) -> dict[str, float]:
+        """The figures of one of lm-evaluation-harness's tasks, kept for a run that goes on."""
+        file = self.output_dir / f"{task}.lm_eval.json"
+        self.barrier()
+        if not file.exists():
+            cfg = self.cfg
+            parts = (self.model, self.tokenizer, self.decoding, self.world)
+            figures = run_harness_task(
+                task,
+                self.harness_settings(),
+                parts,
+                batch_size=cfg.batch_size,
+                draws=cfg.draws,
+                seed=cfg.seed,
+                max_new_tokens=cfg.max_new_tokens,
+            )
+            self.barrier()  # all have seen that it was not there
+            if self.world.rank == 0:
+                file.write_text(json.dumps(figures, indent=1))
+            self.barrier()
+        return json.loads(file.read_text())
 
     def barrier(self) -> None:
         if self.world.size > 1:

@@ -140,12 +140,13 @@ class EvalOptions:
     decoding: dict[str, Any] = MISSING
     sampler: dict[str, Any] = MISSING
 
-    tasks: list[str] = MISSING  # nelbo, exact_match, reasoning_gym/NAME
+    tasks: list[str] = MISSING  # nelbo, exact_match, reasoning_gym/NAME, names of lm-eval's tasks
     dataset: dict[str, Any] | None = None  # of nelbo
     draws: int = 32  # of nelbo: forwards per row, an even number
     rows: str | None = None  # of exact_match: a file of conversations, the last turn the reference
     verifier: dict[str, Any] | None = None  # of exact_match: gives a function of (completion, row)
     reasoning_gym: dict[str, Any] | None = None  # size, seed and settings of its tasks
+    lm_eval: dict[str, Any] | None = None  # include_path, and arguments of lm_eval.simple_evaluate
     max_new_tokens: int = 256
 
     output_dir: str = MISSING

@@ -76,7 +76,7 @@ def test_parts_survive_a_line_cut_short(tmp_path):
 
 
 WRONG = {
-    "an unknown task": (["tasks=[mmlu]"], "tasks: mmlu is not known"),
+    "an unknown task": (["tasks=[mmlu_none]"], "tasks: mmlu_none is not one of"),
     "an unknown puzzle": (["tasks=[reasoning_gym/none]"], "tasks: reasoning_gym/none: "),
     "no rows": (["rows=null"], "exact_match needs rows"),
     "no data": (["dataset=null"], "nelbo needs dataset"),
@@ -139,3 +139,49 @@ def test_compare_reads_directories_and_draws(tmp_path):
     assert (tmp_path / "c.png").stat().st_size > 3000
     with pytest.raises(UserError, match="does not exist"):
         compare([tmp_path / "a", tmp_path / "c"])
+
+
+MULTIPLE_CHOICE = """
+task: sums_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["9", "Answer: 9"]
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+GENERATION = """
+task: sums_generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "9"
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_lm_eval_s_local_tasks_by_recipe_and_by_its_own_command(evaluate, command, tmp_path):
+    pytest.importorskip("lm_eval")
+    questions = [json.dumps({"question": f"4 + {i} ="}) for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("\n".join(questions) + "\n")
+    (tmp_path / "tasks").mkdir()
+    for name, text in (("choice", MULTIPLE_CHOICE), ("generate", GENERATION)):
+        text = text.replace("FILE", str(tmp_path / "q.jsonl"))
+        (tmp_path / f"tasks/{name}.yaml").write_text(text)
+    where = f"lm_eval.include_path={tmp_path / 'tasks'}"
+    tasks = "tasks=[sums_choice,sums_generate]"
+    one = evaluate(tasks, where, out="one")
+    # A longer continuation has a lower likelihood by far, for a model that has learnt nothing.
+    assert one["sums_choice"]["acc"] == 1.0 and one["sums_generate"]["exact_match"] == 0.0
+    assert evaluate(tasks, where, out="two", launch=TWO_RANKS) == one
+    done = command(
+        *(sys.executable, "-m", "mdm_plugin.evaluation.harness", "--model", "mdm"),
+        *("--model_args", "config=eval.yaml", "--tasks", "sums_choice"),
+        *("--include_path", tmp_path / "tasks"),
+    )
+    assert "sums_choice" in done.stdout and "acc" in done.stdout

@@ -5,13 +5,18 @@ import pytest
 from mdm_plugin.cli import recipe_of
 from mdm_plugin.errors import UserError
 from mdm_plugin.training.config import config_names, load_config
-from mdm_plugin.training.options import Options, VarianceOptions
+from mdm_plugin.training.options import EvalOptions, GenerateOptions, Options, VarianceOptions
+
+OPTIONS = {
+    "mdm_variance": VarianceOptions,
+    "mdm_generate": GenerateOptions,
+    "mdm_eval": EvalOptions,
+}
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_packaged_config_is_valid_with_any_component_s_arguments_known(name):
-    options = VarianceOptions if recipe_of(name) == "mdm_variance" else Options
-    cfg = load_config(name, [], options)
+    cfg = load_config(name, [], OPTIONS.get(recipe_of(name), Options))
     assert cfg.tokenizer._component_ == "mdm_plugin.models.ChatTokenizer"
 
 
