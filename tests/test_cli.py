@@ -29,6 +29,7 @@ def test_a_copied_config_runs_with_mdm_and_with_tune(command, tmp_path, data_dir
     overrides = [
         f"data_dir={data_dir}",
         "prepare=null",
+        "timesteps=mdm_plugin.timesteps.Stratified",  # no probe
         "checkpointer.checkpoint_dir=null",
         "run_val_every_n_steps=null",
         "max_steps_per_epoch=1",
@@ -90,6 +91,7 @@ def test_an_installed_wheel_runs_by_name_from_another_directory(wheel, command, 
     command(
         sys.executable, "-c", script, "run", "mdm_full_finetune", "--config", "quickstart",
         f"data_dir={data_dir}", f"output_dir={tmp_path / 'out'}", "prepare=null",
+        "timesteps=mdm_plugin.timesteps.Stratified",
         "checkpointer.checkpoint_dir=null", "run_val_every_n_steps=null",
         "max_steps_per_epoch=1", "epochs=1", PYTHONPATH=str(site),
     )

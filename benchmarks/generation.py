@@ -1,0 +1,131 @@
+"""Tokens per second of faster ways to generate, side by side with LLaDA's plain loop.
+
+    python benchmarks/generation.py --output generation.json
+
+The quickstart's fine-tuned model (after `tune run mdm_full_finetune --config quickstart`) on its
+held-out rows, with exact match and its 95 % interval; and a wider model at random weights, of whose
+speed alone it says something: 8 layers of 512, 256 new tokens, four tokens a step in place of a
+threshold, which random logits do not reach one by one. Each round runs every way once, in turn;
+figures are medians of the ratios over the rounds, with their range.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdm_plugin.evaluation import exact_match
+from mdm_plugin.generation import Decoding, Threshold, generate
+from mdm_plugin.models import ChatTokenizer, llada
+from mdm_plugin.quickstart import verify
+from mdm_plugin.training.config import instantiate, load_config
+from mdm_plugin.training.distributed import World, build_model
+from mdm_plugin.training.options import Options
+from mdm_plugin.training.weights import Weights
+
+
+def ways(block: int, few: dict[str, Any], name: str) -> dict[str, Decoding]:
+    """The plain loop first; then one thing more at a time. ``few``: several tokens a step."""
+    few = {"block_length": block, **few}
+    return {
+        "LLaDA, one token a step": Decoding(),
+        "blocks": Decoding(block_length=block),
+        name: Decoding(**few),
+        f"{name}, prefix cache": Decoding(**few, cache="prefix"),
+        f"{name}, dual cache": Decoding(**few, cache="dual"),
+    }
+
+
+def measure(
+    model: nn.Module,
+    prompts: list[torch.Tensor],
+    n: int,
+    decodings: dict[str, Decoding],
+    rounds: int,
+) -> dict[str, dict[str, Any]]:
+    """Seconds of each way, relative to the first one's of the same round, and forwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in decodings}
+    forwards = {}
+    for number in range(rounds + 1):
+        for name, decoding in decodings.items():
+            start, used = time.perf_counter(), 0
+            for i, prompt in enumerate(prompts):  # one at a time, as text is written for a user
+                used += generate(
+                    model, [prompt], decoding, mask_id=1, pad_id=0, max_new_tokens=n, seeds=[i]
+                ).forwards
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+            forwards[name] = used / len(prompts)
+    first = seconds[next(iter(decodings))]
+    found = {}
+    for name, took in seconds.items():
+        ratios = sorted(a / b for a, b in zip(first, took, strict=True))
+        found[name] = {
+            "times_as_fast": median(ratios),
+            "range": [ratios[0], ratios[-1]],
+            "forwards": forwards[name],
+            "tokens_per_second": n * len(prompts) / median(took),
+        }
+    return found
+
+
+def show(title: str, found: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{title}\n{'':28} times as fast       forwards  tokens/s  exact match")
+    for name, x in found.items():
+        low, high = x["range"]
+        right = "{:.1%} ({:.1%} to {:.1%})".format(*x["exact_match"]) if "exact_match" in x else ""
+        print(
+            f"{name:28} {x['times_as_fast']:5.2f} [{low:.2f}, {high:.2f}]  "
+            f"{x['forwards']:8.1f}  {x['tokens_per_second']:8.0f}  {right}"
+        )
+
+
+def main() -> None:
+    """Measure both models."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+
+    cfg = load_config("quickstart", [], Options)
+    home, run = Path(cfg.tokenizer.path), Path(cfg.output_dir)
+    tokenizer = ChatTokenizer(str(home))
+    alone = World(0, 1, torch.device("cpu"), None)
+    model = build_model(lambda: instantiate(cfg, "model"), alone, dtype=torch.float32).eval()
+    Weights(max(run.glob("step_*"), key=lambda d: int(d.name.removeprefix("step_")))).load(model)
+    rows = [json.loads(line) for line in (home / "test.jsonl").open()]
+    prompts = [torch.tensor(tokenizer.prompt(row["messages"][:-1])) for row in rows[:10]]
+    small = ways(12, {"sampler": Threshold(0.9)}, "threshold")
+    results = {"quickstart": measure(model, prompts, 24, small, given.rounds)}
+    for name, decoding in small.items():
+        match = exact_match(
+            model,
+            tokenizer,
+            rows,
+            verify,
+            max_new_tokens=24,
+            batch_size=100,
+            decoding=decoding,
+            progress=name,
+        )
+        results["quickstart"][name]["exact_match"] = [match.accuracy, *match.interval()]
+    show("The quickstart's model, 24 new tokens", results["quickstart"])
+
+    torch.manual_seed(0)
+    wide = llada(4096, 8, 8, 512, 512, 1536).eval()
+    prompts = [torch.randint(2, 4096, (64,))]
+    fast = ways(32, {"steps": 64}, "4 tokens a step")
+    results["wide"] = measure(wide, prompts, 256, fast, given.rounds)
+    show("8 layers of 512 at random weights, 256 new tokens", results["wide"])
+    given.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
