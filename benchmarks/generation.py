@@ -4,7 +4,7 @@
 
 The quickstart's fine-tuned model (after `tune run mdm_full_finetune --config quickstart`) on its
 held-out rows, with exact match and its 95 % interval; and a wider model at random weights, of whose
-speed alone it says something: 8 layers of 512, 256 new tokens, four tokens a step in place of a
+speed alone it says something: 8 layers of 512, 128 new tokens, four tokens a step in place of a
 threshold, which random logits do not reach one by one. Each round runs every way once, in turn;
 figures are medians of the ratios over the rounds, with their range.
 """
@@ -121,9 +121,9 @@ def main() -> None:
     torch.manual_seed(0)
     wide = llada(4096, 8, 8, 512, 512, 1536).eval()
     prompts = [torch.randint(2, 4096, (64,))]
-    fast = ways(32, {"steps": 64}, "4 tokens a step")
-    results["wide"] = measure(wide, prompts, 256, fast, given.rounds)
-    show("8 layers of 512 at random weights, 256 new tokens", results["wide"])
+    fast = ways(32, {"steps": 32}, "4 tokens a step")
+    results["wide"] = measure(wide, prompts, 128, fast, given.rounds)
+    show("8 layers of 512 at random weights, 128 new tokens", results["wide"])
     given.output.write_text(json.dumps(results, indent=1))
 
 
