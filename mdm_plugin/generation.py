@@ -315,6 +315,14 @@ class Decoding:
         return block, steps // blocks if self.sampler.needs_steps else 0
 
 
+class SpecialTokens(Protocol):
+    """A tokenizer, of which its special tokens are used."""
+
+    mask_id: int
+    pad_id: int
+    eos_id: int
+
+
 class Generated(NamedTuple):
     """tokens: [B, n], long, on the model's device. forwards: of the batch; a guided one is two."""
 
@@ -365,6 +373,30 @@ def generate(
     places = lengths[:, None] + torch.arange(max_new_tokens)
     batch = _Rows(model, rows, places, places >= 0, lengths, mask_id, pad_id, eos_id)
     return _write(batch, decoding or Decoding(), seeds, on_step)
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: SpecialTokens,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding | None,
+    *,
+    max_new_tokens: int,
+    seeds: Sequence[int] | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Generated:
+    """``generate`` after prompts of token ids, with the tokenizer's special tokens."""
+    return generate(
+        model,
+        [torch.tensor(ids) for ids in prompts],
+        decoding,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        max_new_tokens=max_new_tokens,
+        seeds=seeds,
+        on_step=on_step,
+    )
 
 
 @torch.no_grad()
@@ -502,6 +534,7 @@ def _write(
         raise ValueError(f"{len(seeds)} seeds for {count} prompts")
     if decoding.eos_last and rows.eos_id is None:
         raise ValueError("eos_last: give eos_id")
+    late = rows.eos_id if decoding.eos_last and rows.eos_id is not None else -1  # -1: no token
     forwards = 0
     with _Caches(rows.model) if decoding.cache else nullcontext() as caches:
         for start in range(0, n, size):
@@ -515,10 +548,9 @@ def _write(
                 uniform, gumbel = _noise(seeds, start, index, logits, decoding.temperature)
                 tempered = logits / decoding.temperature if decoding.temperature else logits
                 drawn_from = _likeliest(tempered, decoding.top_p, decoding.top_k)
-                prediction = (drawn_from.double() + gumbel).argmax(-1)
-                late = torch.zeros_like(masked)
-                if decoding.eos_last:
-                    late = prediction == torch.tensor(rows.eos_id, device=rows.device)
+                noisy = drawn_from if gumbel is None else drawn_from.double() + gumbel
+                prediction = noisy.argmax(-1)
+                p = logits.softmax(-1)
                 chosen = decoding.sampler(
                     Step(
                         index,
@@ -526,11 +558,11 @@ def _write(
                         masked,
                         first,
                         prediction,
-                        logits.softmax(-1),
-                        drawn_from.softmax(-1),
+                        p,
+                        p if drawn_from is logits else drawn_from.softmax(-1),
                         uniform,
                     ),
-                    late,
+                    prediction == late,
                 )
                 rows.put(chosen & masked, prediction, block)
                 index += 1
@@ -543,7 +575,8 @@ def _likeliest(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor
     """Logits with all but the likeliest tokens at −inf; the likeliest one always stays."""
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        p = ordered.softmax(-1)
+        before = p.cumsum(-1) - p
         kept = ordered.masked_fill(before >= top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, index, kept)
     if top_k is not None and top_k < logits.shape[-1]:
@@ -554,7 +587,7 @@ def _likeliest(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor
 
 def _noise(
     seeds: Sequence[int], start: int, index: int, logits: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """U(0, 1) numbers [B, n] and, at a temperature, Gumbel noise [B, n, V], fp64; rows' own."""
     _, n, vocabulary = logits.shape
     uniform, gumbel = [], []
@@ -564,5 +597,5 @@ def _noise(
         if temperature:
             u = torch.rand(n, vocabulary, generator=generator, dtype=torch.float64)
             gumbel.append(-(-u.clamp(min=1e-300).log()).log())
-    noise = torch.stack(gumbel) if temperature else torch.zeros((), dtype=torch.float64)
-    return torch.stack(uniform).to(logits.device), noise.to(logits.device)
+    noise = torch.stack(gumbel).to(logits.device) if temperature else None
+    return torch.stack(uniform).to(logits.device), noise

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from torchtune import training
 from tqdm import tqdm
 
 from mdm_plugin.data import Rows
@@ -33,10 +32,10 @@ from mdm_plugin.evaluation.harness_tasks import check_harness_task, run_harness_
 from mdm_plugin.evaluation.nelbo import bounds, summary
 from mdm_plugin.evaluation.reasoning import reasoning_gym_task
 from mdm_plugin.evaluation.results import Parts
-from mdm_plugin.generation import generate
-from mdm_plugin.training.checks import check_checkpoint, check_data
+from mdm_plugin.generation import complete
 from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import World, build_model, distributed
+from mdm_plugin.training.distributed import World, distributed
+from mdm_plugin.training.inference import load_model, read_decoding
 from mdm_plugin.training.options import EvalOptions
 
 Verifier = Callable[[str, Mapping[str, Any]], bool]
@@ -51,44 +50,21 @@ class MDMEval:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
-        for key in ("batch_size", "max_new_tokens"):
-            if cfg[key] < 1:
-                raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+        self.decoding = read_decoding(cfg)
         if cfg.draws < 4 or cfg.draws % 2:
             raise UserError(f"draws: {cfg.draws}: use an even number from 4")
-        self.decoding = instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler"))
-        try:
-            self.decoding.steps_per_block(cfg.max_new_tokens)
-        except ValueError as error:
-            raise UserError(f"decoding: {error}") from error
         self.tokenizer = instantiate(cfg, "tokenizer")
         self.rows: Rows | None = None
         self.prompts: dict[str, tuple[list[Prompt], Verifier]] = {}
         for task in cfg.tasks:
             self.read(task)
-        checkpointer = instantiate(cfg, "checkpointer")
-        if checkpointer.weights is None:
-            raise UserError("checkpointer.checkpoint_dir: not given: name the weights to evaluate")
-        self.model = build_model(
-            lambda: instantiate(cfg, "model"),
-            world._replace(mesh=None, size=1),  # each rank holds the whole
-            dtype=training.get_dtype(cfg.dtype, device=world.device),
-            compile=cfg.compile,
-        ).eval()
-        check_checkpoint(checkpointer.weights, self.model, self.tokenizer)
-        check_data(self.model, self.tokenizer, self.rows)
-        for prompts, _ in self.prompts.values():
-            for prompt in prompts:
-                if len(prompt.ids) + cfg.max_new_tokens > self.model.max_seq_len:
-                    raise UserError(
-                        f"{prompt.place}: {len(prompt.ids)} tokens and max_new_tokens "
-                        f"{cfg.max_new_tokens} are more than the model takes, "
-                        f"{self.model.max_seq_len}"
-                    )
-        checkpointer.load_weights(self.model)
+        prompts = [prompt for task, _ in self.prompts.values() for prompt in task]
+        self.model, weights = load_model(
+            cfg, world, self.tokenizer, prompts, self.rows, purpose="evaluate"
+        )
         self.identity = {
-            "checkpoint": str(checkpointer.weights.directory),
-            "checkpoint_sha256": _digest(sorted(set(checkpointer.weights.where.values()))),
+            "checkpoint": str(weights.directory),
+            "checkpoint_sha256": _digest(sorted(set(weights.where.values()))),
             "config": OmegaConf.to_container(cfg, resolve=True),
         }
         self.begin()
@@ -185,13 +161,11 @@ class MDMEval:
     def answers(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
         """A record for each prompt: the completion, and whether it is right."""
         prompts, verify = self.prompts[task]
-        written = generate(
+        written = complete(
             self.model,
-            [torch.tensor(prompts[i].ids) for i in batch],
+            self.tokenizer,
+            [prompts[i].ids for i in batch],
             self.decoding,
-            mask_id=self.tokenizer.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            eos_id=self.tokenizer.eos_id,
             max_new_tokens=self.cfg.max_new_tokens,
             seeds=[self.cfg.seed + i for i in batch],
         )

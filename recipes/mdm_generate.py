@@ -14,21 +14,21 @@ Every option with its default: ``GenerateOptions`` in ``mdm_plugin/training/opti
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
-from torchtune import training
 from tqdm import tqdm
 
 from mdm_plugin.data.prompts import Prompt, read_prompts
 from mdm_plugin.errors import UserError
-from mdm_plugin.generation import generate
-from mdm_plugin.training.checks import check_checkpoint, check_data
+from mdm_plugin.generation import complete
 from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import World, build_model, distributed
+from mdm_plugin.training.distributed import World, distributed
+from mdm_plugin.training.inference import load_model, read_decoding
 from mdm_plugin.training.live import LiveText
 from mdm_plugin.training.options import GenerateOptions
 
@@ -41,14 +41,7 @@ class MDMGenerate:
 
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
-        for key in ("batch_size", "max_new_tokens"):
-            if cfg[key] < 1:
-                raise UserError(f"{key}: {cfg[key]}: use 1 or more")
-        self.decoding = instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler"))
-        try:
-            self.decoding.steps_per_block(cfg.max_new_tokens)
-        except ValueError as error:
-            raise UserError(f"decoding: {error}") from error
+        self.decoding = read_decoding(cfg)
         self.tokenizer = instantiate(cfg, "tokenizer")
         self.output = Path(cfg.output).expanduser() if cfg.output else None
         if self.output and self.output.exists() and not cfg.overwrite:
@@ -56,24 +49,7 @@ class MDMGenerate:
         self.prompts = read_prompts(
             self.tokenizer, cfg.prompt, cfg.prompts, cfg.system_prompt, cfg.chat
         )
-        checkpointer = instantiate(cfg, "checkpointer")
-        if checkpointer.weights is None:
-            raise UserError("checkpointer.checkpoint_dir: not given: name the weights to use")
-        self.model = build_model(
-            lambda: instantiate(cfg, "model"),
-            world._replace(mesh=None, size=1),  # each rank holds the whole
-            dtype=training.get_dtype(cfg.dtype, device=world.device),
-            compile=cfg.compile,
-        ).eval()
-        check_checkpoint(checkpointer.weights, self.model, self.tokenizer)
-        check_data(self.model, self.tokenizer)
-        for prompt in self.prompts:
-            if len(prompt.ids) + cfg.max_new_tokens > self.model.max_seq_len:
-                raise UserError(
-                    f"{prompt.place}: {len(prompt.ids)} tokens and max_new_tokens "
-                    f"{cfg.max_new_tokens} are more than the model takes, {self.model.max_seq_len}"
-                )
-        checkpointer.load_weights(self.model)
+        self.model, _ = load_model(cfg, world, self.tokenizer, self.prompts)
 
     def run(self) -> None:
         cfg, world = self.cfg, self.world
@@ -114,13 +90,11 @@ class MDMGenerate:
     ) -> tuple[list[dict[str, Any]], int]:
         """Lines of a batch's output, and the forwards that they took."""
         cfg = self.cfg
-        result = generate(
+        result = complete(
             self.model,
-            [torch.tensor(prompt.ids) for prompt in batch],
+            self.tokenizer,
+            [prompt.ids for prompt in batch],
             self.decoding,
-            mask_id=self.tokenizer.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            eos_id=self.tokenizer.eos_id,
             max_new_tokens=cfg.max_new_tokens,
             seeds=[cfg.seed + first + i for i in range(len(batch))],
             on_step=live.show if live else None,
@@ -136,19 +110,9 @@ class MDMGenerate:
 
     def writer(self) -> Any:
         if self.output is None:
-            return _Console()
+            return nullcontext(sys.stdout)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         return self.output.open("w")
-
-
-class _Console:
-    """stdout as a file that ``with`` does not close."""
-
-    def __enter__(self) -> Any:
-        return sys.stdout
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout.flush()
 
 
 @parse(GenerateOptions)

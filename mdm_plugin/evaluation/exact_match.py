@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from mdm_plugin.generation import Decoding, generate
+from mdm_plugin.generation import Decoding, complete
 from mdm_plugin.models.tokenizer import ChatTokenizer
 
 
@@ -64,14 +63,12 @@ def exact_match(
         range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False
     ):
         batch = rows[start : start + batch_size]
-        prompts = [torch.tensor(tokenizer.prompt(row["messages"][:-1])) for row in batch]
-        written = generate(
+        prompts = [tokenizer.prompt(row["messages"][:-1]) for row in batch]
+        written = complete(
             model,
+            tokenizer,
             prompts,
             decoding,
-            mask_id=tokenizer.mask_id,
-            pad_id=tokenizer.pad_id,
-            eos_id=tokenizer.eos_id,
             max_new_tokens=max_new_tokens,
             seeds=range(start, start + len(batch)),
         )

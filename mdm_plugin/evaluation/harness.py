@@ -15,15 +15,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from torch import nn
-from torchtune import training
 
 from mdm_plugin.data import Rows
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.nelbo import bounds
-from mdm_plugin.generation import Decoding, generate
+from mdm_plugin.generation import Decoding, complete, generate
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model
+from mdm_plugin.training.distributed import World
+from mdm_plugin.training.inference import load_model, read_decoding
 from mdm_plugin.training.options import EvalOptions
 
 T = TypeVar("T")
@@ -78,16 +78,13 @@ class Harness(LM):
         overrides = [f"{key}={value}" for key, value in given.items()]
         cfg = load_config(name, [*overrides, "output_dir=.", "tasks=[]"], EvalOptions)
         world = World(0, 1, torch.device(cfg.device), None)
-        model = build_model(
-            lambda: instantiate(cfg, "model"),
-            world,
-            dtype=training.get_dtype(cfg.dtype, device=world.device),
-        ).eval()
-        instantiate(cfg, "checkpointer").load_weights(model)
+        tokenizer = instantiate(cfg, "tokenizer")
+        decoding = read_decoding(cfg)
+        model, _ = load_model(cfg, world, tokenizer)
         return cls(
             model,
-            instantiate(cfg, "tokenizer"),
-            instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler")),
+            tokenizer,
+            decoding,
             world,
             batch_size=cfg.batch_size,
             draws=cfg.draws,
@@ -175,10 +172,15 @@ class Harness(LM):
         for context, continuation in pairs:
             start = context or [self.tokenizer.eos_id]
             room = self.limit - len(start)
-            surest = self._generate(
-                start, min(len(continuation), room), Decoding(shift=self.decoding.shift)
+            surest = generate(  # to the end: a continuation may go on after an EOS
+                self.model,
+                [torch.tensor(start)],
+                Decoding(shift=self.decoding.shift),
+                mask_id=self.tokenizer.mask_id,
+                pad_id=self.tokenizer.pad_id,
+                max_new_tokens=min(len(continuation), room),
             )
-            greedy.append(surest == continuation)
+            greedy.append(surest.tokens[0].tolist() == continuation)
         return list(zip(self._bounds(pairs), greedy, strict=True))
 
     def _texts(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -188,24 +190,20 @@ class Harness(LM):
             block = self.decoding.block_length or 1
             length = max(block, length // block * block)
             ids = self.tokenizer.encode(context)[-(self.limit - length) :]
-            text = self.tokenizer.decode(self._generate(ids, length, self.decoding))
+            written = complete(
+                self.model,
+                self.tokenizer,
+                [ids],
+                self.decoding,
+                max_new_tokens=length,
+                seeds=[self.seed],
+            )
+            text = self.tokenizer.decode(written.tokens[0].tolist())
             until = settings.get("until") or []
             for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop)[0]
             found.append(text)
         return found
-
-    def _generate(self, ids: list[int], length: int, decoding: Decoding) -> list[int]:
-        written = generate(
-            self.model,
-            [torch.tensor(ids)],
-            decoding,
-            mask_id=self.tokenizer.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            max_new_tokens=length,
-            seeds=[self.seed],
-        )
-        return written.tokens[0].tolist()
 
 
 def main() -> None:

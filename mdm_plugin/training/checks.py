@@ -139,6 +139,11 @@ def check_adapters(model: MDMTransformer, wanted: bool) -> None:
         )
 
 
+def _rope_base(model: MDMTransformer) -> Any:
+    rotary = model.layers[0].attn.pos_embeddings
+    return getattr(getattr(rotary, "angles", rotary), "base", None)
+
+
 # What a tensor's shape does not show: the value of a model, and config.json's names of it.
 _SETTINGS: dict[str, tuple[Callable[[MDMTransformer], Any], tuple[str, ...]]] = {
     "num_heads": (lambda m: m.layers[0].attn.num_heads, ("num_attention_heads", "n_heads")),
@@ -147,13 +152,8 @@ _SETTINGS: dict[str, tuple[Callable[[MDMTransformer], Any], tuple[str, ...]]] = 
         ("num_key_value_heads", "n_kv_heads"),
     ),
     "norm_eps": (lambda m: m.norm.eps, ("rms_norm_eps",)),
-    "rope_base": (lambda m: _rope_base(m), ("rope_theta", "rope_parameters.rope_theta")),
+    "rope_base": (_rope_base, ("rope_theta", "rope_parameters.rope_theta")),
 }
-
-
-def _rope_base(model: MDMTransformer) -> Any:
-    rotary = model.layers[0].attn.pos_embeddings
-    return getattr(getattr(rotary, "angles", rotary), "base", None)
 
 
 def check_checkpoint(
@@ -166,22 +166,21 @@ def check_checkpoint(
     Raises:
         UserError: naming the key.
     """
-    stated = weights.config if weights else {}
+    if weights is None:
+        return
+    stated, file = weights.config, weights.directory / "config.json"
     for name, (value, keys) in _SETTINGS.items():
         for key in keys:
             found: Any = stated
             for part in key.split("."):
                 found = found.get(part) if isinstance(found, Mapping) else None
             if found is not None and value(model) is not None and found != value(model):
-                raise UserError(
-                    f"model.{name}: {value(model)}, and {weights and weights.directory}/config.json"
-                    f" says {key} {found}"
-                )
+                raise UserError(f"model.{name}: {value(model)}, and {file} says {key} {found}")
     stated_mask = stated.get("mask_token_id")
     if stated_mask is not None and stated_mask != tokenizer.mask_id:
         raise UserError(
-            f"tokenizer.mask_token: its id is {tokenizer.mask_id}, and "
-            f"{weights and weights.directory}/config.json says mask_token_id {stated_mask}"
+            f"tokenizer.mask_token: its id is {tokenizer.mask_id}, and {file} says mask_token_id "
+            f"{stated_mask}"
         )
 
 

@@ -105,23 +105,15 @@ class VarianceOptions:
 
 
 @dataclass
-class GenerateOptions:
-    """mdm_generate's top-level keys, their types and defaults."""
+class InferenceOptions:
+    """What mdm_generate and mdm_eval have in common."""
 
     tokenizer: dict[str, Any] = MISSING
     model: dict[str, Any] = MISSING
     checkpointer: dict[str, Any] = MISSING
     decoding: dict[str, Any] = MISSING
     sampler: dict[str, Any] = MISSING
-
-    prompt: str | None = None  # one, on the command line
-    prompts: Any = None  # a file of them, or - for stdin (which YAML reads as a list of nothing)
-    system_prompt: str | None = None
-    chat: bool = True  # a prompt is a user's turn; False: text to be continued
     max_new_tokens: int = 256
-    output: str | None = None  # JSON lines; None for stdout
-    overwrite: bool = False
-    live: bool | None = None  # show the text as it is unmasked; None: on a terminal
 
     device: str = "cuda"
     dtype: str = "bf16"
@@ -131,15 +123,23 @@ class GenerateOptions:
 
 
 @dataclass
-class EvalOptions:
+class GenerateOptions(InferenceOptions):
+    """mdm_generate's top-level keys, their types and defaults."""
+
+    prompt: str | None = None  # one, on the command line
+    prompts: Any = None  # a file of them, or - for stdin (which YAML reads as a list of nothing)
+    system_prompt: str | None = None
+    chat: bool = True  # a prompt is a user's turn; False: text to be continued
+    output: str | None = None  # JSON lines; None for stdout
+    overwrite: bool = False
+    live: bool | None = None  # show the text as it is unmasked; None: on a terminal
+
+
+@dataclass
+class EvalOptions(InferenceOptions):
     """mdm_eval's top-level keys, their types and defaults."""
 
-    tokenizer: dict[str, Any] = MISSING
-    model: dict[str, Any] = MISSING
-    checkpointer: dict[str, Any] = MISSING
-    decoding: dict[str, Any] = MISSING
-    sampler: dict[str, Any] = MISSING
-
+    output_dir: str = MISSING
     tasks: list[str] = MISSING  # nelbo, exact_match, reasoning_gym/NAME, names of lm-eval's tasks
     dataset: dict[str, Any] | None = None  # of nelbo
     draws: int = 32  # of nelbo: forwards per row, an even number
@@ -147,11 +147,3 @@ class EvalOptions:
     verifier: dict[str, Any] | None = None  # of exact_match: gives a function of (completion, row)
     reasoning_gym: dict[str, Any] | None = None  # size, seed and settings of its tasks
     lm_eval: dict[str, Any] | None = None  # include_path, and arguments of lm_eval.simple_evaluate
-    max_new_tokens: int = 256
-
-    output_dir: str = MISSING
-    device: str = "cuda"
-    dtype: str = "bf16"
-    compile: bool = False
-    batch_size: int = 8
-    seed: int = 0

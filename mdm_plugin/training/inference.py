@@ -1,0 +1,73 @@
+"""What mdm_generate, mdm_eval and the harness set up alike: a decoding, and a model to use."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig
+from torchtune import training
+
+from mdm_plugin.data import Rows
+from mdm_plugin.data.prompts import Prompt
+from mdm_plugin.errors import UserError
+from mdm_plugin.generation import Decoding
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
+from mdm_plugin.training.checks import check_checkpoint, check_data
+from mdm_plugin.training.config import instantiate
+from mdm_plugin.training.distributed import World, build_model
+from mdm_plugin.training.weights import Weights
+
+
+def read_decoding(cfg: DictConfig) -> Decoding:
+    """``cfg.decoding`` with ``cfg.sampler``, for ``cfg.max_new_tokens``.
+
+    Raises:
+        UserError: if they, or ``cfg.batch_size``, do not make sense.
+    """
+    for key in ("batch_size", "max_new_tokens"):
+        if cfg[key] < 1:
+            raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+    decoding = instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler"))
+    try:
+        decoding.steps_per_block(cfg.max_new_tokens)
+    except ValueError as error:
+        raise UserError(f"decoding: {error}") from error
+    return decoding
+
+
+def load_model(
+    cfg: DictConfig,
+    world: World,
+    tokenizer: ChatTokenizer,
+    prompts: Iterable[Prompt] = (),
+    rows: Rows | None = None,
+    purpose: str = "use",
+) -> tuple[MDMTransformer, Weights]:
+    """A model in eval mode, whole on every rank, and the weights that it was filled from.
+
+    Args:
+        cfg: for model, checkpointer, dtype, compile and max_new_tokens.
+        prompts, rows: what it must be able to take.
+        purpose: of the weights, for the message that none are given.
+
+    Raises:
+        UserError: if no weights are given, they do not fit, or a prompt is too long.
+    """
+    checkpointer: Any = instantiate(cfg, "checkpointer")
+    if checkpointer.weights is None:
+        raise UserError(f"checkpointer.checkpoint_dir: not given: name the weights to {purpose}")
+    model = build_model(
+        lambda: instantiate(cfg, "model"),
+        world._replace(mesh=None, size=1),  # each rank holds the whole
+        dtype=training.get_dtype(cfg.dtype, device=world.device),
+        compile=cfg.compile,
+    ).eval()
+    check_checkpoint(checkpointer.weights, model, tokenizer)
+    check_data(model, tokenizer, rows)
+    for prompt in prompts:
+        if len(prompt.ids) + cfg.max_new_tokens > model.max_seq_len:
+            raise UserError(
+                f"{prompt.place}: {len(prompt.ids)} tokens and max_new_tokens "
+                f"{cfg.max_new_tokens} are more than the model takes, {model.max_seq_len}"
+            )
+    checkpointer.load_weights(model)
+    return model, checkpointer.weights
