@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.evaluation import exact_match
 from mdm_plugin.generation import Decoding, Threshold, generate
 from mdm_plugin.models import ChatTokenizer, llada
@@ -100,15 +101,15 @@ def main() -> None:
     alone = World(0, 1, torch.device("cpu"), None)
     model = build_model(lambda: instantiate(cfg, "model"), alone, dtype=torch.float32).eval()
     Weights(max(run.glob("step_*"), key=lambda d: int(d.name.removeprefix("step_")))).load(model)
-    rows = [json.loads(line) for line in (home / "test.jsonl").open()]
-    prompts = [torch.tensor(tokenizer.prompt(row["messages"][:-1])) for row in rows[:10]]
+    questions = read_prompts(tokenizer, prompts=str(home / "test.jsonl"))
+    prompts = [torch.tensor(x.ids) for x in questions[:10]]
     small = ways(12, {"sampler": Threshold(0.9)}, "threshold")
     results = {"quickstart": measure(model, prompts, 24, small, given.rounds)}
     for name, decoding in small.items():
         match = exact_match(
             model,
             tokenizer,
-            rows,
+            questions,
             verify,
             max_new_tokens=24,
             batch_size=100,

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from mdm_plugin.data import chat_dataset
+from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.evaluation import NELBO, ExactMatch, exact_match, nelbo
 from mdm_plugin.generation import Decoding
 from mdm_plugin.models import ChatTokenizer
@@ -33,7 +33,6 @@ def measure(model: nn.Module, weights: Path, home: Path, label: str) -> tuple[NE
     Weights(weights).load(model)
     tokenizer = ChatTokenizer(str(home))
     test = home / "test.jsonl"
-    rows: list[dict[str, Any]] = [json.loads(line) for line in test.open()]
     bound = nelbo(
         model.eval(),
         chat_dataset(tokenizer, source=str(test)),
@@ -45,7 +44,7 @@ def measure(model: nn.Module, weights: Path, home: Path, label: str) -> tuple[NE
     match = exact_match(
         model,
         tokenizer,
-        rows,
+        read_prompts(tokenizer, prompts=str(test)),
         verify,
         max_new_tokens=NEW_TOKENS,
         decoding=Decoding(steps=STEPS),

@@ -29,7 +29,7 @@ from mdm_plugin.data.prompts import Prompt, read_prompts
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.exact_match import wilson
 from mdm_plugin.evaluation.harness_tasks import check_harness_task, run_harness_task
-from mdm_plugin.evaluation.nelbo import bounds, summary
+from mdm_plugin.evaluation.nelbo import Bound, bounds, summary
 from mdm_plugin.evaluation.reasoning import reasoning_gym_task
 from mdm_plugin.evaluation.results import Parts
 from mdm_plugin.generation import complete
@@ -51,8 +51,8 @@ class MDMEval:
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
         self.decoding = read_decoding(cfg)
-        if cfg.draws < 4 or cfg.draws % 2:
-            raise UserError(f"draws: {cfg.draws}: use an even number from 4")
+        if cfg.draws < 2:
+            raise UserError(f"draws: {cfg.draws}: use 2 or more: one gives no interval")
         self.tokenizer = instantiate(cfg, "tokenizer")
         self.rows: Rows | None = None
         self.prompts: dict[str, tuple[list[Prompt], Verifier]] = {}
@@ -141,7 +141,7 @@ class MDMEval:
             print(f"Written to {self.output_dir / 'results.json'}")
 
     def likelihood(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
-        """A record for each row: its bound's estimates, nats."""
+        """A record for each row: its bound, nats, and the variance of that."""
         assert self.rows is not None
         values = bounds(
             self.model,
@@ -155,8 +155,9 @@ class MDMEval:
             seed=self.cfg.seed,
             shift=self.decoding.shift,
         )
-        for i, nats in zip(batch, values.tolist(), strict=True):
-            yield {"index": i, "nats": nats, "tokens": int(self.rows[i].eligible.sum())}
+        for i, nats, variance in zip(batch, *(x.tolist() for x in values), strict=True):
+            tokens = int(self.rows[i].eligible.sum())
+            yield {"index": i, "nats": nats, "variance": variance, "tokens": tokens}
 
     def answers(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
         """A record for each prompt: the completion, and whether it is right."""
@@ -201,8 +202,10 @@ class MDMEval:
 
 
 def _likelihood(records: list[dict[str, Any]]) -> dict[str, float]:
-    values = torch.tensor([x["nats"] for x in records], dtype=torch.float64)
-    return summary(values, torch.tensor([x["tokens"] for x in records])).report()
+    nats, variance = (
+        torch.tensor([x[key] for x in records], dtype=torch.float64) for key in ("nats", "variance")
+    )
+    return summary(Bound(nats, variance), torch.tensor([x["tokens"] for x in records])).report()
 
 
 def _accuracy(records: list[dict[str, Any]]) -> dict[str, float]:

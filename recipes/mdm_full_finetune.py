@@ -33,7 +33,7 @@ from mdm_plugin.training.options import Options
 from mdm_plugin.training.plan import dry_run
 from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
 from mdm_plugin.training.step import backward, corrupt, global_normalizer
-from mdm_plugin.training.validation import validate
+from mdm_plugin.training.validation import read_questions, validate
 
 
 class MDMFinetune:
@@ -56,6 +56,7 @@ class MDMFinetune:
         self.tokenizer = instantiate(cfg, "tokenizer")
         self.rows = instantiate(cfg, "dataset", self.tokenizer)
         self.rows_val = instantiate(cfg, "dataset_val", self.tokenizer)
+        self.questions = read_questions(cfg, self.tokenizer)
         for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
             if rows is not None:
                 self.say(f"{name}: {rows}")
@@ -237,19 +238,15 @@ class MDMFinetune:
 
     def validate(self, step: int) -> None:
         """NELBO and completions of the validation rows, by the averaged weights under EMA."""
-        cfg, world = self.cfg, self.world
-        start = time.perf_counter()
+        cfg, start = self.cfg, time.perf_counter()
         with self.ema.applied() if self.ema else nullcontext():
-            result, samples = validate(
-                self.model, self.rows_val, self.tokenizer, world, cfg, shift=self.loss.shift
-            )
-        self.metric_logger.log("val/nelbo_nats_per_token", result.nats, step)
+            data = (self.rows_val, self.questions, self.tokenizer)
+            figures, samples = validate(self.model, *data, self.world, cfg, self.loss.shift)
+        self.metric_logger.log_dict(figures, step)
         if samples and hasattr(self.metric_logger, "log_text"):
             self.metric_logger.log_text("samples", samples, step)
-        self.say(
-            f"step {step}/{self.total_steps}: validation NELBO {result.nats:.4f} nats per token "
-            f"({result.rows} rows, {time.perf_counter() - start:.1f} s)"
-        )
+        found = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.say(f"step {step}/{self.total_steps}: {found} ({time.perf_counter() - start:.1f} s)")
 
     def save_checkpoint(self, step: int) -> None:
         state = {

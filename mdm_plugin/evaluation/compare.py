@@ -38,7 +38,7 @@ def difference(task: str, name: str, first: dict[int, Any], other: dict[int, Any
         raise UserError(f"{name}: {task}: fewer than two rows in common")
     if "nats" in first[common[0]]:
         sums = [
-            torch.tensor([sum(x[i]["nats"]) / len(x[i]["nats"]) for i in common])
+            torch.tensor([x[i]["nats"] for i in common], dtype=torch.float64)
             for x in (first, other)
         ]
         weight = torch.tensor([float(first[i]["tokens"]) for i in common])

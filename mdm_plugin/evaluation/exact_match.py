@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from tqdm import tqdm
 
+from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.generation import Decoding, complete
 from mdm_plugin.models.tokenizer import ChatTokenizer
 
@@ -38,7 +39,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 def exact_match(
     model: nn.Module,
     tokenizer: ChatTokenizer,
-    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Prompt],
     verify: Callable[[str, Mapping[str, Any]], bool],
     *,
     max_new_tokens: int,
@@ -46,12 +47,12 @@ def exact_match(
     decoding: Decoding | None = None,
     progress: str | None = None,
 ) -> ExactMatch:
-    """Generate an answer to each row's prompt (its turns before the last) and verify it.
+    """Generate an answer to each prompt and verify it.
 
     Args:
         model: an ``MDMTransformer``.
         tokenizer: its tokenizer.
-        rows: with ``messages``, the last turn being the reference answer.
+        prompts: of ``read_prompts``, with their rows.
         verify: (completion, row) → whether it is right.
         max_new_tokens, decoding: see ``mdm_plugin.generation.generate``.
         batch_size: prompts per forward.
@@ -60,18 +61,17 @@ def exact_match(
     model.eval()
     completions: list[str] = []
     for start in tqdm(
-        range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False
+        range(0, len(prompts), batch_size), desc=progress, disable=progress is None, leave=False
     ):
-        batch = rows[start : start + batch_size]
-        prompts = [tokenizer.prompt(row["messages"][:-1]) for row in batch]
+        batch = prompts[start : start + batch_size]
         written = complete(
             model,
             tokenizer,
-            prompts,
+            [prompt.ids for prompt in batch],
             decoding,
             max_new_tokens=max_new_tokens,
             seeds=range(start, start + len(batch)),
         )
         completions += [tokenizer.decode(ids) for ids in written.tokens.tolist()]
-    right = sum(bool(verify(text, row)) for text, row in zip(completions, rows, strict=True))
-    return ExactMatch(right, len(rows), completions)
+    right = sum(bool(verify(text, x.row)) for text, x in zip(completions, prompts, strict=True))
+    return ExactMatch(right, len(prompts), completions)

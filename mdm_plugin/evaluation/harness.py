@@ -163,7 +163,7 @@ class Harness(LM):
             seed=self.seed,
             shift=self.decoding.shift,
         )
-        return (-values.mean(1)).tolist()
+        return (-values.nats).tolist()
 
     def _likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]]

@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.loss import MDMLoss
-from mdm_plugin.masking import Complement
+from mdm_plugin.masking import ranks as ranks_of
 from mdm_plugin.noise import keyed_generator, keyed_uniform
-from mdm_plugin.timesteps import stratified_uniform
 
 _Z = 1.959964  # of a 95 % interval
+# Of the control variate: how alike masks must be in their share of positions to tell of each other,
+# and the weight of a token that is as hard as all others. Any values are unbiased.
+_WIDTH, _PRIOR = 0.3, 0.2
 
 
 class NELBO(NamedTuple):
     """The bound per response token, over all rows, in nats.
 
     nats: its estimate.
-    error: standard error of that, of the masks drawn for these rows; NaN for 2 draws.
+    error: standard error of that, of the masks drawn for these rows; NaN for 1 draw.
     spread: standard error of it as a mean over all rows that these are a sample of.
     rows, tokens: how many rows, and tokens in their responses.
     """
@@ -54,6 +56,16 @@ class NELBO(NamedTuple):
         }
 
 
+class Bound(NamedTuple):
+    """Estimates of the bound of R rows, over their responses. nats: [R], variance: [R], fp64.
+
+    variance: of the masks drawn, in nats²; NaN for a single draw.
+    """
+
+    nats: Tensor
+    variance: Tensor
+
+
 @torch.no_grad()
 def bounds(
     model: nn.Module,
@@ -70,89 +82,135 @@ def bounds(
     chunk_size: int = 1024,
     rank: int = 0,
     ranks: int = 1,
-) -> Tensor:
-    """Estimates of the bound of some rows, one for each pair of masks. [R, draws / 2], nats, fp64.
+) -> Bound:
+    """Estimates of the bound of some rows, from ``draws`` masks of each.
 
-    A row's bound is Σ over its tokens, E_l [(N/l) · Σ CE over l masked positions] (LLaDA's Eq. 6,
-    no eps). The masks are pairs that together mask all (``masking.Complement``), their counts
-    stratified over the row's pairs, in order. All are functions of (seed, row, pair): the same
-    rows give the same numbers with any batch size and number of ranks.
+    A row's bound is Σ_l E_S[f(S)], f(S) = (1/l)·Σ_{i∈S} CE_i, over the counts l = 1..N and the sets
+    S of l positions (LLaDA's Eq. 6, no eps). The counts are spread evenly (``even_counts``), and
+    what is easy to foresee of f(S) is taken out (``controlled``). All masks are functions of (seed,
+    row, draw): the same rows give the same numbers with any batch size and number of ranks.
 
     Args:
         model: an ``MDMTransformer``, in eval mode; under FSDP2, called alike on every rank.
         rows: the data.
         indices: [R], which of them.
         mask_id, pad_id: token ids. Padding is neither predicted nor attended to.
-        batch_size: sequences per forward, rounded down to pairs.
+        batch_size: sequences per forward.
         device: of the model.
-        draws: forwards per row, an even number.
+        draws: forwards per row.
         seed: of the draws.
         shift, chunk_size: as in ``MDMLoss``.
         rank, ranks: which share to compute; shares are summed over ranks.
 
     Raises:
-        ValueError: if ``draws`` is odd or below 2.
+        ValueError: if ``draws`` is below 1.
     """
-    if draws < 2 or draws % 2:
-        raise ValueError(f"draws is {draws}: use an even number; masks come in pairs")
-    loss = MDMLoss("response", "inverse_p", shift, chunk_size)
-    masking, pairs, size = Complement(), draws // 2, max(1, batch_size // 2)
-    # Job i is pair i mod `pairs` of row i // `pairs`. Under FSDP2 every rank must run as many
-    # forwards: short shares are filled with job 0, unused.
-    jobs = len(indices) * pairs
-    found = torch.zeros(jobs, dtype=torch.float64)
-    for step in range(-(-jobs // (size * ranks))):
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: use 1 or more")
+    loss = MDMLoss("response", "ones", shift, chunk_size)
+    found = torch.zeros(2, len(indices), dtype=torch.float64)
+    size = max(1, batch_size // draws)
+    # Under FSDP2 every rank must run as many forwards: short shares repeat row 0, unused.
+    for step in range(-(-len(indices) // (size * ranks))):
         start = (step * ranks + rank) * size
-        own = torch.arange(start, min(start + size, jobs))
-        mine = own if len(own) else torch.zeros(1, dtype=torch.long)
-        row, pair = indices[mine // pairs], mine % pairs
+        own = torch.arange(start, min(start + size, len(indices)))
+        if len(own) < size:
+            own = torch.cat((own, own.new_zeros(size - len(own))))
+        row = indices[own]
         tokens, eligible, real = rows.padded(row, int(rows.lengths[row].max()), pad_id)
-        key = row * pairs + pair
-        u = keyed_uniform(seed, "nelbo mask", pairs, places=key, length=tokens.shape[1])
-        strata = {i: _counts(pairs, seed, i) for i in set(row.tolist())}
-        t = torch.stack([strata[i][j] for i, j in zip(row.tolist(), pair.tolist(), strict=True)])
-        mask, inverse_p, _ = masking(t, u, eligible)
-        count = eligible.sum(1)
-        one = torch.ones(len(mine), dtype=torch.float64)
-        targets = loss.targets(tokens, mask, inverse_p, one, count).to(device)
-        noisy = torch.where(mask, mask_id, tokens).flatten(0, 1).to(device)
-        _, ce = model(
-            noisy,
-            mask=real[:, None].repeat(2, 1, 1).to(device),
-            head=lambda head, hidden, targets=targets: loss(head, hidden, targets),
+        n = eligible.sum(1)
+        offset = torch.cat(
+            [
+                torch.rand(1, generator=keyed_generator(seed, "nelbo count", draws, i))
+                for i in row.tolist()
+            ]
         )
-        sums = torch.zeros(2 * len(mine), device=device)
-        sums.index_add_(0, targets.rows, ce.float())
-        values = (sums.cpu().double().view(2, -1) * inverse_p).mean(0)
-        found[own] = values[: len(own)]
+        count = torch.stack(
+            [even_counts(int(k), draws, float(o)) for k, o in zip(n, offset, strict=True)]
+        )
+        length = tokens.shape[1]
+        places = (row[:, None] * draws + torch.arange(draws)).flatten()
+        u = keyed_uniform(seed, "nelbo mask", draws, places=places, length=length)
+        jobs = torch.arange(size).repeat_interleave(draws)
+        mask = (ranks_of(u, eligible[jobs]) < count.flatten()[:, None]) & eligible[jobs]
+        ce = torch.zeros(size * draws, length, dtype=torch.float64)
+        for part in torch.arange(size * draws).split(batch_size):
+            here = tokens[jobs[part]]
+            one = torch.ones(len(part), dtype=torch.float64)
+            targets = loss.targets(here, mask[part][None], one[None], one, n[jobs[part]])
+            _, values = model(
+                torch.where(mask[part], mask_id, here).to(device),
+                mask=real[jobs[part], None].to(device),
+                head=lambda head, hidden, targets=targets: loss(head, hidden, targets.to(device)),
+            )
+            block = ce[part]
+            block[mask[part]] = values.double().cpu()
+            ce[part] = block
+        for j in range(min(size, len(indices) - start)):
+            at = slice(j * draws, (j + 1) * draws)
+            found[:, start + j] = torch.stack(
+                controlled(ce[at][:, eligible[j]], mask[at][:, eligible[j]], count[j])
+            )
     if ranks > 1:
         found = found.to(device)
         dist.all_reduce(found)
-    return found.cpu().view(len(indices), pairs)
+    return Bound(*found.cpu())
 
 
-def _counts(pairs: int, seed: int, row: int) -> Tensor:
-    """t of a row's pairs, one in each stratum, in order."""
-    return stratified_uniform(pairs, keyed_generator(seed, "nelbo t", pairs, row)).sort().values
+def even_counts(n: int, draws: int, offset: float) -> Tensor:
+    """How many of ``n`` positions each draw masks: as even as can be over 1..n, ascending. [draws].
 
-
-def summary(values: Tensor, tokens: Tensor) -> NELBO:
-    """The bound of rows from their ``bounds`` [R, K] and numbers of response tokens [R].
-
-    The error of a row's mean over K strata is estimated from the differences of neighbours, the
-    last and the first among them (t and 1 − t give the same pairs of counts). That overstates it by
-    what the strata's means differ. It is not known for K = 1.
+    With no more draws than n, a systematic sample that begins at ``offset`` in [0, 1): each count
+    has the probability draws / n. With more, every count is there, the lightest, whose losses vary
+    most, once more than the others.
     """
-    rows, strata = values.shape
-    total = int(tokens.sum())
-    each = values.mean(1)
-    nats = float(each.sum()) / total
-    squares = (values - values.roll(1, dims=1)).square().sum()
-    variance = float(squares) / (2 * strata**2) if strata > 1 else math.nan
+    if draws < n:
+        return ((offset + torch.arange(draws, dtype=torch.float64)) * n / draws).long() + 1
+    times = torch.full((n,), draws // n)
+    times[: draws % n] += 1
+    return torch.arange(1, n + 1).repeat_interleave(times)
+
+
+def controlled(ce: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound of a row from K masks, and the variance of that; scalars, fp64.
+
+    Most of how f(S) varies is which tokens S holds: some are hard under every mask. So each mask
+    S_k has a control variate: what the *other* masks say of every token, h_i, a mean of CE_i over
+    those of about as many positions. z_k = (1/N)·Σ_i h_i + (1/l)·Σ_{i∈S_k} (CE_i − h_i) has the
+    mean of f(S_k), because h does not depend on S_k and each position is in S_k with probability
+    l/N.
+
+    The variance is estimated from the differences of masks of neighbouring counts, which overstates
+    it by what the counts' means differ.
+
+    Args:
+        ce: [K, N], CE_i under mask k, 0 where not masked.
+        mask: [K, N], bool, S_k.
+        count: [K], l of each, as of ``even_counts``.
+    """
+    draws, n = mask.shape
+    times = torch.bincount(count, minlength=n + 1)[count] if draws >= n else draws / n
+    weight = 1 / (times * torch.ones(draws, dtype=torch.float64))
+    if draws == 1:
+        return (weight * ce.sum(1) / count).sum(), torch.tensor(math.nan, dtype=torch.float64)
+    member, share = mask.double(), count.double() / n
+    near = torch.exp(-(((share[:, None] - share) / _WIDTH) ** 2) / 2).fill_diagonal_(0)
+    total, seen = near @ ce, near @ member
+    typical = total.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+    foreseen = (total + _PRIOR * typical) / (seen + _PRIOR)
+    z = foreseen.mean(1) + (ce - foreseen * member).sum(1) / count
+    squares = (weight[1:] * weight[:-1] * z.diff().square()).sum() / 2
+    return (weight * z).sum(), squares * draws / (draws - 1)
+
+
+def summary(bound: Bound, tokens: Tensor) -> NELBO:
+    """The bound of all rows from that of each, and their numbers of response tokens [R]."""
+    rows, total = len(tokens), int(tokens.sum())
+    nats = float(bound.nats.sum()) / total
     # Of a ratio of sums, by its linearisation.
-    residual = each - nats * tokens
+    residual = bound.nats - nats * tokens
     spread = (rows / max(1, rows - 1) * residual.square().sum()).sqrt() / total
-    return NELBO(nats, variance**0.5 / total, float(spread), rows, total)
+    return NELBO(nats, float(bound.variance.sum().sqrt()) / total, float(spread), rows, total)
 
 
 @torch.no_grad()

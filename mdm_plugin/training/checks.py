@@ -26,13 +26,11 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
     positive = (
         "batch_size gradient_accumulation_steps global_batch_size epochs max_steps_per_epoch "
         "pad_to_multiple_of log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n "
-        "run_val_every_n_steps val_draws sample_new_tokens sample_steps"
+        "run_val_every_n_steps val_draws sample_new_tokens sample_steps max_questions"
     )
     for key in positive.split():
         if cfg[key] is not None and cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
-    if cfg.val_draws % 2:
-        raise UserError(f"val_draws: {cfg.val_draws}: use an even number: masks come in pairs")
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         raise UserError(f"clip_grad_norm: {cfg.clip_grad_norm}: use more than 0, or null")
     if cfg.run_val_every_n_steps and cfg.dataset_val is None:

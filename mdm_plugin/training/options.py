@@ -65,10 +65,13 @@ class Options:
     save_every_n_steps: int | None = None  # besides
     keep_last_n: int | None = None
     run_val_every_n_steps: int | None = None  # and before the first and after the last step
-    val_draws: int = 8  # forwards per validation row, an even number
+    val_draws: int = 8  # forwards per validation row
     sample_rows: int = 4  # validation prompts that the model completes at each validation
     sample_new_tokens: int = 64
     sample_steps: int = 32
+    questions: str | None = None  # file of rows to answer at each validation; needs verifier
+    max_questions: int = 64  # its first ones
+    verifier: dict[str, Any] | None = None  # gives a function of (completion, row): is it right?
 
 
 @dataclass
@@ -142,7 +145,7 @@ class EvalOptions(InferenceOptions):
     output_dir: str = MISSING
     tasks: list[str] = MISSING  # nelbo, exact_match, reasoning_gym/NAME, names of lm-eval's tasks
     dataset: dict[str, Any] | None = None  # of nelbo
-    draws: int = 32  # of nelbo: forwards per row, an even number
+    draws: int = 32  # of nelbo: forwards per row
     rows: str | None = None  # of exact_match: a file of conversations, the last turn the reference
     verifier: dict[str, Any] | None = None  # of exact_match: gives a function of (completion, row)
     reasoning_gym: dict[str, Any] | None = None  # size, seed and settings of its tasks

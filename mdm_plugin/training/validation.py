@@ -1,27 +1,64 @@
 """What a recipe does at a validation."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
 from omegaconf import DictConfig
 
+from mdm_plugin.data.prompts import Prompt, read_prompts
 from mdm_plugin.data.rows import Rows
-from mdm_plugin.evaluation import NELBO, nelbo
+from mdm_plugin.errors import UserError
+from mdm_plugin.evaluation import exact_match, nelbo
 from mdm_plugin.generation import Decoding, generate
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
+from mdm_plugin.training.config import instantiate
 from mdm_plugin.training.distributed import World
+
+
+class Questions(NamedTuple):
+    """Prompts to be answered at each validation, and what tells whether an answer is right."""
+
+    prompts: list[Prompt]
+    verify: Callable[[str, Mapping[str, Any]], bool]
+
+
+def read_questions(cfg: DictConfig, tokenizer: ChatTokenizer) -> Questions | None:
+    """``cfg.questions`` with ``cfg.verifier``; None where there are none.
+
+    Raises:
+        UserError: if one is without the other, nothing validates, or the file is not right.
+    """
+    if cfg.questions is None and cfg.verifier is None:
+        return None
+    if cfg.questions is None or cfg.verifier is None or not cfg.run_val_every_n_steps:
+        raise UserError("questions: give questions, verifier and run_val_every_n_steps together")
+    verify = instantiate(cfg, "verifier")
+    prompts = read_prompts(tokenizer, prompts=cfg.questions)[: cfg.max_questions]
+    room = tokenizer.max_seq_len
+    for prompt in prompts:
+        if room and len(prompt.ids) + cfg.sample_new_tokens > room:
+            raise UserError(
+                f"{prompt.place}: {len(prompt.ids)} tokens and sample_new_tokens "
+                f"{cfg.sample_new_tokens} are more than tokenizer.max_seq_len, {room}"
+            )
+    return Questions(prompts, verify)
 
 
 def validate(
     model: MDMTransformer,
     rows: Rows,
+    questions: Questions | None,
     tokenizer: ChatTokenizer,
     world: World,
     cfg: DictConfig,
-    *,
     shift: bool = False,
-) -> tuple[NELBO, str]:
-    """NELBO of ``rows``, and completions of the first ones as Markdown. Called on every rank.
+) -> tuple[dict[str, float], str]:
+    """NELBO of ``rows`` and the share of ``questions`` answered right, as scalars to be logged; and
+    completions of the first rows as Markdown. Called on every rank.
 
     Args:
         cfg: for batch_size, val_draws, sample_rows, sample_new_tokens and sample_steps.
+        questions: to be answered in ``sample_new_tokens`` tokens.
         model, rows, tokenizer, world, shift: as in ``mdm_plugin.evaluation.nelbo``.
     """
     was_training = model.training
@@ -38,6 +75,18 @@ def validate(
         ranks=world.size,
         **ids,
     )
+    figures = {"val/nelbo_nats_per_token": result.nats}
+    if questions:
+        length = cfg.sample_new_tokens
+        answered = exact_match(
+            model,
+            tokenizer,
+            *questions,
+            max_new_tokens=length,
+            batch_size=cfg.batch_size,
+            decoding=Decoding(steps=min(cfg.sample_steps, length), shift=shift),
+        )
+        figures["val/exact_match"] = answered.accuracy
     samples = []
     for i in range(min(cfg.sample_rows, len(rows))):
         prompt = rows[i].prompt
@@ -65,4 +114,4 @@ def validate(
             )
         )
     model.train(was_training)
-    return result, "\n\n---\n\n".join(samples)
+    return figures, "\n\n---\n\n".join(samples)

@@ -1,12 +1,18 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mdm_plugin.data import Rows
+from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.evaluation import ExactMatch, exact_match, nelbo
+from mdm_plugin.evaluation.nelbo import bounds
+from mdm_plugin.loss import MDMLoss
+from mdm_plugin.masking import FixedCount
+from mdm_plugin.models import llada
 
 MASK, PAD = 319, 0
 CPU = torch.device("cpu")
@@ -72,9 +78,11 @@ def test_its_error_is_that_of_other_seeds_and_its_interval_covers_the_truth(tiny
     assert found[0].report()["perplexity_bound"] == pytest.approx(math.exp(found[0].nats))
 
 
-def test_an_odd_number_of_draws_is_refused(tiny_model, rows):
-    with pytest.raises(ValueError, match="draws is 3"):
-        nelbo(tiny_model, rows, mask_id=MASK, pad_id=PAD, batch_size=4, device=CPU, draws=3)
+def test_no_draws_are_refused_and_one_has_no_error(tiny_model, rows):
+    arguments = {"mask_id": MASK, "pad_id": PAD, "batch_size": 4, "device": CPU}
+    with pytest.raises(ValueError, match="draws is 0"):
+        nelbo(tiny_model, rows, draws=0, **arguments)
+    assert math.isnan(nelbo(tiny_model, rows, draws=1, **arguments).error)
 
 
 def test_nelbo_does_not_depend_on_the_batch_or_on_the_ranks(tiny_model, rows):
@@ -92,14 +100,14 @@ def test_nelbo_of_a_uniform_model_is_log_vocabulary(tiny_model, rows):
 
 
 def test_exact_match_counts_what_the_verifier_accepts(tiny_model, tokenizer):
-    rows = [
-        {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]}
+    prompts = [
+        Prompt(str(i), {"messages": [{"role": "user", "content": str(i)}]}, [i + 10, 2])
         for i in range(5)
     ]
     result = exact_match(
         tiny_model,
         tokenizer,
-        rows,
+        prompts,
         lambda text, row: row["messages"][0]["content"] in "024",
         max_new_tokens=4,
         batch_size=2,
@@ -111,3 +119,53 @@ def test_wilson_interval_against_published_values():
     """Newcombe 1998, Table I: 81 of 263, and 0 of 20."""
     assert ExactMatch(81, 263, []).interval() == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert ExactMatch(0, 20, []).interval() == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_the_bound_of_a_trained_model_is_above_the_entropy_of_its_source():
+    """A Markov chain of 0s and 1s that stays with probability 0.9: its entropy is known.
+
+    Each row's own −log p(row) under the chain cancels what the sample of rows does to the mean.
+    """
+    torch.manual_seed(0)
+    places, stay = 8, 0.9
+
+    def chain(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        change = torch.rand(count, places, generator=generator) < 1 - stay
+        change[:, 0] = torch.rand(count, generator=generator) < 0.5
+        return change.int().cumsum(1) % 2 + 2
+
+    def information(tokens):
+        stays = (tokens.diff(dim=1) == 0).double()
+        return math.log(2) - (stays * math.log(stay) + (1 - stays) * math.log(1 - stay)).sum(1)
+
+    model = llada(8, 2, 2, 32, max_seq_len=16, intermediate_dim=64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss, masking, eligible = MDMLoss(), FixedCount(), torch.ones(256, places, dtype=torch.bool)
+    for step in range(300):
+        tokens = chain(256, step)
+        t, u = torch.rand(256, dtype=torch.float64), torch.rand(256, places, dtype=torch.float64)
+        mask, weight, _ = masking(t, u, eligible)
+        targets = loss.targets(tokens, mask, weight, torch.ones(256), torch.full((256,), places))
+        total, _ = model(torch.where(mask[0], 1, tokens), head=partial(loss, targets=targets))
+        (total / 256).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    held_out = chain(2000, -1)
+    rows = Rows((x.tolist(), [True] * places) for x in held_out)
+    bound = bounds(
+        model.eval(),
+        rows,
+        torch.arange(2000),
+        mask_id=1,
+        pad_id=0,
+        batch_size=2048,
+        device=CPU,
+        draws=8,
+    )
+    entropy = math.log(2) - (places - 1) * (stay * math.log(stay) + 0.1 * math.log(0.1))
+    excess = bound.nats - information(held_out)
+    error = float(excess.std()) / 2000**0.5
+    assert -4 * error < float(excess.mean()) < 0.1 * entropy  # above it, and near: it has learned
+    assert float(excess.mean()) > 0 and error < 0.02 * entropy

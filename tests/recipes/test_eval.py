@@ -80,7 +80,7 @@ WRONG = {
     "an unknown puzzle": (["tasks=[reasoning_gym/none]"], "tasks: reasoning_gym/none: "),
     "no rows": (["rows=null"], "exact_match needs rows"),
     "no data": (["dataset=null"], "nelbo needs dataset"),
-    "odd draws": (["draws=5"], "draws: 5"),
+    "one draw": (["draws=1"], "draws: 1"),
     "no tokens": (["max_new_tokens=0"], "max_new_tokens: 0"),
     "too long": (["max_new_tokens=90"], "are more than the model takes"),
     "no weights": (["checkpointer.checkpoint_dir=null"], "name the weights to evaluate"),
@@ -117,9 +117,7 @@ def test_a_paired_difference_covers_the_true_one_and_is_narrower_than_unpaired(t
         for shift in (0.0, 0.1):
             noise = 0.3 * torch.randn(60, generator=generator)
             nats = (level + shift + noise) * tokens
-            found.append(
-                {i: {"nats": [float(nats[i])], "tokens": int(tokens[i])} for i in range(60)}
-            )
+            found.append({i: {"nats": float(nats[i]), "tokens": int(tokens[i])} for i in range(60)})
         d = difference("nelbo", "b", *found)
         covered += d.low <= 0.1 <= d.high
     assert covered >= 0.9 * 200

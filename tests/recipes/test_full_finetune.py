@@ -201,6 +201,10 @@ def test_weights_of_a_checkpoint_start_a_new_run(tune, tmp_path):
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+def even_length():
+    return lambda text, row: len(text) % 2 == 0
+
+
 def test_training_learns_and_shows_it(tune, tmp_path, data_dir):
     done = tune(
         "+dataset_val._component_=mdm_plugin.data.chat_dataset"[1:],
@@ -210,10 +214,16 @@ def test_training_learns_and_shows_it(tune, tmp_path, data_dir):
         "sample_rows=2",
         "sample_new_tokens=8",
         "optimizer.lr=1e-2",
+        f"questions={data_dir}/val.jsonl",
+        "max_questions=6",
+        "verifier._component_=tests.recipes.test_full_finetune.even_length",
+        PYTHONPATH=str(Path(__file__).parents[2]),
     )
-    lines = [line for line in done.stdout.splitlines() if "validation NELBO" in line]
+    lines = [line for line in done.stdout.splitlines() if "val/nelbo" in line]
     assert [line.split(":")[0] for line in lines] == ["step 0/20", "step 10/20", "step 20/20"]
     found = scalars(tmp_path / "out")
+    assert len(found["val/exact_match"]) == 3
+    assert all((6 * x) % 1 == pytest.approx(0, abs=1e-5) for x in found["val/exact_match"])
     nats = found["val/nelbo_nats_per_token"]
     assert nats[-1] < nats[0] - 0.5
     assert len(found["train/loss"]) == 20
