@@ -5,16 +5,17 @@ With rows x0 of N eligible positions, masking rate p and importance weight w of 
     row loss   l = (1/N) · Σ_{i masked} CE_i / p        objective   J = E_{x0} E_t E_m [l]
 
 (LLaDA, arXiv 2502.09992, Algorithm 2). Only the masked positions' hidden states go through
-the LM head, in chunks: the logits of a whole batch never exist.
+the LM head, in chunks: the logits of a whole batch never exist. A chunk's part of the gradient is
+computed in the forward pass, while its logits are there (as in Liger's and Apple's linear
+cross-entropies, which have no weight for each position).
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 class Targets(NamedTuple):
@@ -51,7 +52,7 @@ class MDMLoss(nn.Module):
         shift: predict the token at i from position i − 1 (Dream). Position 0 predicts itself,
             as in Dream's released code.
         chunk_size: masked positions per pass of the LM head; ``chunk_size`` × vocabulary
-            logits exist at a time, and are computed again in the backward pass.
+            logits exist at a time.
 
     Raises:
         ValueError: on an unknown ``normalize`` or ``weight``, or a ``chunk_size`` below 1.
@@ -75,6 +76,7 @@ class MDMLoss(nn.Module):
         self.weight = weight
         self.shift = shift
         self.chunk_size = chunk_size
+        self._chunk: Callable[..., tuple[Tensor, Tensor]] = _chunk
 
     def targets(
         self, tokens: Tensor, mask: Tensor, inverse_p: Tensor, importance: Tensor, n: Tensor
@@ -115,7 +117,7 @@ class MDMLoss(nn.Module):
         return (n if self.normalize == "tokens" else mask).sum().double()
 
     def forward(
-        self, output: Callable[[Tensor], Tensor], hidden: Tensor, targets: Targets
+        self, output: nn.Module, hidden: Tensor, targets: Targets
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of cross-entropies, and each one of them.
 
@@ -129,20 +131,143 @@ class MDMLoss(nn.Module):
             CE in nats, [M], detached.
         """
 
-        def chunk_loss(h: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            ce = F.cross_entropy(output(h).float(), labels, reduction="none")
-            return (ce * weights).sum(), ce.detach()
-
-        chunks = zip(
-            hidden.flatten(0, 1).index_select(0, targets.positions).split(self.chunk_size),
-            targets.labels.split(self.chunk_size),
-            targets.weights.split(self.chunk_size),
-            strict=True,
+        picked = hidden.flatten(0, 1).index_select(0, targets.positions)
+        weight = _plain_weight(output)
+        if weight is not None:
+            return _LinearCrossEntropy.apply(
+                picked, weight, targets.labels, targets.weights, self.chunk_size, self._chunk
+            )
+        trained = [p for p in output.parameters() if p.requires_grad]
+        return _HeadCrossEntropy.apply(
+            picked, output, targets.labels, targets.weights, self.chunk_size, *trained
         )
-        # With a single chunk there is nothing to save by computing the logits twice.
-        recompute = torch.is_grad_enabled() and len(targets.labels) > self.chunk_size
-        losses = [
-            checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk)
-            for chunk in chunks
-        ]
-        return torch.stack([loss for loss, _ in losses]).sum(), torch.cat([ce for _, ce in losses])
+
+    def compile_chunks(self, backend: str = "inductor") -> None:
+        """torch.compile of the work on a chunk.
+
+        Chunks then all have ``chunk_size`` positions, the last one filled up: one graph, whatever
+        the number of masked positions. Heads other than a plain matrix are not compiled.
+        """
+        self._chunk = torch.compile(_chunk, dynamic=False, backend=backend)
+
+
+def _plain_weight(head: nn.Module) -> Tensor | None:
+    """W of a head that is h·Wᵀ, by itself or tied to another module's; None for any other."""
+    tied = getattr(head, "tied_module", None)
+    if tied is not None:
+        return tied.weight
+    return head.weight if type(head) is nn.Linear and head.bias is None else None
+
+
+def _chunk(h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """CE [c] of some positions, h [c, D], and weights · ∂CE/∂logits [c, V], in one buffer."""
+    logits = torch.mm(h, weight.t()).float()
+    highest = logits.amax(1, keepdim=True)
+    chosen = logits.gather(1, labels[:, None]) - highest
+    exponentials = logits.sub_(highest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    ce = (total.log() - chosen).squeeze(1)
+    gradient = exponentials.mul_(weights[:, None] / total)
+    gradient.scatter_add_(1, labels[:, None], -weights[:, None])
+    return ce, gradient.to(h.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Σ weights · CE(h·Wᵀ, labels), and each CE; gradients are computed with it, chunk by chunk.
+
+    No chunk's logits outlive it, and none are computed twice. The gradient of W is summed in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        chunk_size: int,
+        chunk: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        ce = weights.new_empty(len(labels))
+        grad_hidden = torch.empty_like(hidden) if for_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        for start in range(0, len(labels), chunk_size):
+            place = slice(start, start + chunk_size)
+            h, own = hidden[place], labels[place]
+            filling = chunk_size - len(h) if chunk is not _chunk else 0
+            values, gradient = chunk(
+                F.pad(h, (0, 0, 0, filling)),
+                weight,
+                F.pad(own, (0, filling)),
+                F.pad(weights[place], (0, filling)),
+            )
+            ce[place] = values[: len(h)]
+            gradient = gradient[: len(h)]
+            if grad_hidden is not None:
+                torch.mm(gradient, weight, out=grad_hidden[place])
+            if grad_weight is not None:
+                if h.dtype == torch.float32:
+                    grad_weight.addmm_(gradient.t(), h)
+                else:
+                    grad_weight += torch.mm(gradient.t(), h)
+            del values, gradient  # before the next chunk's are made
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(ce)
+        return (ce * weights).sum(), ce
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = _scaled(ctx, grad)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The same for any head: adapters, a bias, another kind of matrix. By autograd, per chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: nn.Module,
+        labels: Tensor,
+        weights: Tensor,
+        chunk_size: int,
+        *trained: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = any(ctx.needs_input_grad)
+        losses, grad_hidden = [], torch.empty_like(hidden)
+        grads = [torch.zeros_like(p, dtype=torch.float32) for p in trained] if wanted else []
+        for start in range(0, len(labels), chunk_size):
+            place = slice(start, start + chunk_size)
+            with torch.set_grad_enabled(wanted):
+                h = hidden[place].detach().requires_grad_(wanted)
+                ce = F.cross_entropy(head(h).float(), labels[place], reduction="none")
+                losses.append(ce.detach())
+                if wanted:
+                    found = torch.autograd.grad((ce * weights[place]).sum(), [h, *trained])
+                    grad_hidden[place] = found[0]
+                    for total, part in zip(grads, found[1:], strict=True):
+                        total += part
+        values = torch.cat(losses) if losses else weights.new_empty(0)
+        ctx.gradients = (grad_hidden, *grads)
+        ctx.dtypes = [p.dtype for p in trained]
+        ctx.mark_non_differentiable(values)
+        return (values * weights).sum(), values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *grads = _scaled(ctx, grad)
+        cast = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True) if g is not None]
+        return grad_hidden, None, None, None, None, *cast
+
+
+def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients kept in ``ctx``, times the scalar ``grad``; they are given out once."""
+    kept, ctx.gradients = ctx.gradients, None
+    if type(grad) is Tensor and not grad.is_cuda and grad == 1:  # on a GPU, to look is to wait
+        return list(kept)
+    return [None if g is None else g.mul_(grad) for g in kept]

@@ -23,7 +23,6 @@ from mdm_plugin.data import GlobalBatches
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import MDMTransformer
-from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import ParetoOptimal, Uniform
 from mdm_plugin.training.checks import check_adapters, check_estimator
 from mdm_plugin.training.config import instantiate
@@ -41,7 +40,7 @@ class Memory(NamedTuple):
     parameters, gradients, optimizer: what rests, sharded.
     gathered: of a layer and of what is outside the layers, whole while FSDP2 runs them.
     activations: at the peak of forward and backward, without the logits.
-    logits: of one chunk of the head: its output, in fp32, and the gradient.
+    logits: of one chunk of the head, in fp32, and in the head's dtype if that is another.
     peak: the largest of forward and backward, and of the optimizer's step.
     """
 
@@ -69,7 +68,7 @@ def memory(
 
     Layers are alike: two and four of them are measured, and what one adds is counted for the rest.
     """
-    t, _ = Uniform()(len(rows.tokens), keyed_generator(0, "plan"))
+    t = torch.full((len(rows.tokens),), 0.999, dtype=torch.float64)  # all masked: it happens
     noisy = corrupt(rows, t, torch.ones_like(t), masking, loss, 0)
     layers = model.layers
     few = [min(2, len(layers)), min(4, len(layers))]
@@ -86,7 +85,8 @@ def memory(
     gradients = 0 if cfg.optimizer_in_bwd else sum(p.nbytes for p in trained)
     masked = min(loss.chunk_size, len(noisy.targets.labels))
     vocabulary = model.tok_embeddings.num_embeddings
-    logits = masked * vocabulary * (trained[0].element_size() + 4 + 4)
+    size = trained[0].element_size()
+    logits = masked * vocabulary * (4 if size == 4 else size + 4)
     gathered = _gathered(model) if shards > 1 else 0
     backward = max(step.passing, step.late + step.late_gradients / shards)
     if cfg.optimizer_in_bwd:

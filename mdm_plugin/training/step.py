@@ -120,12 +120,13 @@ def backward(
     Gives its share of the global batch's loss, a scalar, and its row losses [R], both detached.
     """
     batch = batch.to(world.device)
-    with offloading:
-        weighted_sum, ce = forward_loss(model, loss, batch)
-    share = weighted_sum / normalizer
     # FSDP averages gradients over ranks; the loss is a sum over them.
-    (share * world.size).backward()
-    return share.detach(), row_losses(batch, ce)
+    weights = batch.targets.weights * (world.size / normalizer)
+    batch = batch._replace(targets=batch.targets._replace(weights=weights))
+    with offloading:
+        total, ce = forward_loss(model, loss, batch)
+    total.backward()
+    return total.detach() / world.size, row_losses(batch, ce)
 
 
 @torch.no_grad()
