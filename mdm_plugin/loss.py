@@ -116,9 +116,7 @@ class MDMLoss(nn.Module):
             return torch.tensor(len(n), dtype=torch.float64)
         return (n if self.normalize == "tokens" else mask).sum().double()
 
-    def forward(
-        self, output: nn.Module, hidden: Tensor, targets: Targets
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, output: nn.Module, hidden: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """Weighted sum of cross-entropies, and each one of them.
 
         Args:

@@ -17,14 +17,7 @@ from tqdm import tqdm
 
 from mdm_plugin.data import GlobalBatches
 from mdm_plugin.noise import keyed_generator
-from mdm_plugin.training.checks import (
-    check_adapters,
-    check_checkpoint,
-    check_data,
-    check_estimator,
-    check_resume,
-    check_sizes,
-)
+from mdm_plugin.training import checks
 from mdm_plugin.training.config import instantiate, parse
 from mdm_plugin.training.distributed import World, build_model, clip_gradient, distributed
 from mdm_plugin.training.in_backward import StepInBackward
@@ -32,7 +25,7 @@ from mdm_plugin.training.metrics import StepMetrics, progress_bar
 from mdm_plugin.training.options import Options
 from mdm_plugin.training.plan import dry_run
 from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
-from mdm_plugin.training.step import backward, corrupt, global_normalizer
+from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
 from mdm_plugin.training.validation import read_questions, validate
 
 
@@ -45,7 +38,7 @@ class MDMFinetune:
     def setup(self) -> None:
         cfg, world = self.cfg, self.world
         dtype = training.get_dtype(cfg.dtype, device=world.device)
-        accumulation = check_sizes(cfg, world)
+        accumulation = checks.check_sizes(cfg, world)
 
         # Cheap parts first: whatever is wrong in a config or a file stops the run here.
         self.checkpointer = instantiate(cfg, "checkpointer", keep_last_n=cfg.keep_last_n)
@@ -72,6 +65,7 @@ class MDMFinetune:
             eos_padding_id=self.tokenizer.eos_id if cfg.train_eos_padding else None,
             pad_to_multiple_of=cfg.pad_to_multiple_of,
             max_len=self.tokenizer.max_seq_len,
+            layout=cfg.batch_layout,
         )
         whole_epoch = self.batches.steps_per_epoch
         self.steps_per_epoch = min(whole_epoch, cfg.max_steps_per_epoch or whole_epoch)
@@ -88,10 +82,12 @@ class MDMFinetune:
             cpu_offload=cfg.fsdp_cpu_offload,
             reshard_after_forward=cfg.fsdp_reshard_after_forward,
         )
-        check_adapters(self.model, self.adapters)
-        check_checkpoint(self.checkpointer.weights, self.model, self.tokenizer)
-        check_data(self.model, self.tokenizer, self.rows, self.rows_val)
-        check_estimator(self.timesteps, self.masking, self.loss, self.model)
+        if cfg.compile and hasattr(self.loss, "compile_chunks"):
+            self.loss.compile_chunks()
+        checks.check_adapters(self.model, self.adapters)
+        checks.check_checkpoint(self.checkpointer.weights, self.model, self.tokenizer)
+        checks.check_data(self.model, self.tokenizer, self.rows, self.rows_val)
+        checks.check_estimator(self.timesteps, self.masking, self.loss, self.model)
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
@@ -118,7 +114,7 @@ class MDMFinetune:
         self.first_step = 0
         if checkpoint:
             state = self.checkpointer.load_state(checkpoint)
-            check_resume(state, self.identity, checkpoint)
+            checks.check_resume(state, self.identity, checkpoint)
             self.checkpointer.load_optimizer(world, checkpoint, self.model, self.optimizer)
             if self.lr_scheduler:
                 self.checkpointer.load_schedule(self.lr_scheduler, state["lr_scheduler"])
@@ -190,6 +186,10 @@ class MDMFinetune:
             corrupt(batch, t, importance, self.masking, self.loss, mask_id, density)
             for batch in self.batches.micro_batches(place)
         ]
+        if cfg.batch_layout == "packed":
+            causal = self.model.layers[0].attn.is_causal
+            parts = (world.device, cfg.pad_to_multiple_of, causal)
+            micro_batches = [pack(batch, *parts) for batch in micro_batches]
         normalizer = global_normalizer(micro_batches, world)
         tally = grad_norm = None
         for batch in micro_batches:

@@ -1,6 +1,6 @@
 """Which rows a step trains on, and how they are laid out: functions of (seed, step) alone."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class GlobalBatches:
             to. None: padding is neither.
         pad_to_multiple_of: round lengths up, so that fewer shapes occur.
         max_len: never pad beyond this.
+        layout: which rows of a global batch make up a micro-batch. ``"padded"``: by place.
+            ``"grouped"``: rows of like length, so that little is padded. ``"packed"``: as many
+            tokens for each as can be, for rows that are then packed. None changes any row's noise.
 
     Raises:
         UserError: if the rows do not fill one global batch.
@@ -66,6 +69,7 @@ class GlobalBatches:
         eos_padding_id: int | None = None,
         pad_to_multiple_of: int = 1,
         max_len: int | None = None,
+        layout: Literal["padded", "grouped", "packed"] = "padded",
     ) -> None:
         self.size = batch_size * ranks * accumulation
         self.steps_per_epoch = len(rows) // self.size
@@ -80,6 +84,7 @@ class GlobalBatches:
         self.seed, self.shuffle = seed, shuffle
         self.pad_id, self.eos_padding_id = pad_id, eos_padding_id
         self.multiple, self.max_len = pad_to_multiple_of, max_len
+        self.layout = layout
         self._order: tuple[int, Tensor] | None = None
 
     def row_indices(self, step: int) -> Tensor:
@@ -99,11 +104,22 @@ class GlobalBatches:
         indices = self.row_indices(step)
         longest = int(self.rows.lengths[indices].max())
         batches = []
-        for micro in range(self.accumulation):
-            start = (micro * self.ranks + self.rank) * self.batch_size
-            places = torch.arange(start, start + self.batch_size)
+        for places in self._places(self.rows.lengths[indices])[:, self.rank]:
             batches.append(self.collate(indices[places], places, ("mask", step), longest))
         return batches
+
+    def _places(self, lengths: Tensor) -> Tensor:
+        """The places of a global batch, as micro-batches. [accumulation, ranks, batch_size]."""
+        slots, rows = self.accumulation * self.ranks, self.batch_size
+        shape = (self.accumulation, self.ranks, rows)
+        if self.layout == "padded":
+            return torch.arange(self.size).view(shape)
+        order = lengths.argsort(stable=True, descending=True)
+        if self.layout == "grouped":  # the ranks' shares of a micro-batch are alike too
+            return order.view(self.accumulation, rows, self.ranks).transpose(1, 2)
+        dealt = order.view(rows, slots)
+        dealt[1::2] = dealt[1::2].flip(1)  # to and fro
+        return dealt.t().reshape(shape)
 
     def collate(
         self, indices: Tensor, places: Tensor, key: tuple[int | str, ...], longest: int

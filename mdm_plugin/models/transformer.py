@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import RotaryPositionalEmbeddings, TransformerDecoder
 
@@ -34,6 +36,51 @@ class HalvesRotary(nn.Module):
         return torch.cat(turned, -1).type_as(x)
 
 
+def segmented(call: Callable[..., Tensor], causal: bool) -> Callable[..., Tensor]:
+    """torchtune's attention ``call``, for rows in one sequence too: a mask [S] of their lengths.
+
+    Each row then attends to itself alone, by one call for each: the work is that of the rows, not
+    of the square of the sequence. On CUDA a ``BlockMask`` does that (``row_mask``), by torchtune's
+    call.
+    """
+
+    @torch.compiler.disable
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, dropout: float) -> Tensor:
+        sizes = lengths.tolist()
+        found = [
+            F.scaled_dot_product_attention(a, b, c, dropout_p=dropout, is_causal=causal)
+            for a, b, c in zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
+        ]
+        return torch.cat(found, 2)
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float, is_causal: bool
+    ) -> Tensor:
+        if isinstance(mask, Tensor) and mask.dtype == torch.long:
+            return attend(q, k, v, mask, dropout_p)
+        return call(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+
+    return attention
+
+
+def row_mask(lengths: Tensor, device: torch.device, causal: bool = False) -> Any:
+    """What keeps rows of these lengths, one after another in a sequence, apart.
+
+    lengths [S], long, on the CPU. They themselves, but on CUDA flex attention's ``BlockMask``, for
+    which their sum must be a multiple of 128.
+    """
+    if device.type != "cuda":
+        return lengths
+    row = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+
+    def same(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = row[query] == row[key]
+        return allowed & (query >= key) if causal else allowed
+
+    total = int(lengths.sum())
+    return create_block_mask(same, 1, None, total, total, device=str(device), _compile=True)
+
+
 class MDMTransformer(TransformerDecoder):
     """A ``TransformerDecoder`` in which every position attends to every position.
 
@@ -46,7 +93,7 @@ class MDMTransformer(TransformerDecoder):
         self,
         tokens: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Any = None,
         input_pos: Tensor | None = None,
         head: Callable[[nn.Module, Tensor], Any] | None = None,
     ) -> Any:
@@ -54,19 +101,20 @@ class MDMTransformer(TransformerDecoder):
 
         Args:
             tokens: [B, L], long.
-            mask: which positions may be attended to, bool, [B, L, L] or [B, 1, L]; None for all.
+            mask: which positions may be attended to, bool, [B, L, L] or [B, 1, L]; None for all;
+                or, with B = 1, what ``row_mask`` gives for the rows that the sequence is made of.
             input_pos: [B, L], positions for rotary embeddings; None for 0..L−1.
             head: called with the LM head [*, D] → [*, V] and the hidden states [B, L, D].
 
         Raises:
-            ValueError: if L exceeds the model's ``max_seq_len``.
+            ValueError: if L exceeds the model's ``max_seq_len``, where ``input_pos`` is None.
         """
-        if tokens.shape[1] > self.max_seq_len:
+        if input_pos is None and tokens.shape[1] > self.max_seq_len:
             raise ValueError(
                 f"a sequence of {tokens.shape[1]} tokens exceeds the model's "
                 f"max_seq_len, {self.max_seq_len}"
             )
-        if self.layers[0].attn.is_causal and mask is not None:
+        if self.layers[0].attn.is_causal and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             # An explicit mask replaces the layers' own.
             length = tokens.shape[1]
             mask = mask & mask.new_ones(length, length).tril()
@@ -89,6 +137,7 @@ def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTrans
     for layer in decoder.layers:
         layer.attn.is_causal = causal
         layer.attn.pos_embeddings = rotary
+        layer.attn._attention_call = segmented(layer.attn._attention_call, causal)
     return MDMTransformer(
         tok_embeddings=decoder.tok_embeddings,
         layers=decoder.layers,

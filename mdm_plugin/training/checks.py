@@ -31,6 +31,13 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
     for key in positive.split():
         if cfg[key] is not None and cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+    if cfg.batch_layout not in ("padded", "grouped", "packed"):
+        raise UserError(f"batch_layout: {cfg.batch_layout}: use padded, grouped or packed")
+    if cfg.batch_layout != "padded" and cfg.train_eos_padding:
+        raise UserError(
+            f"batch_layout: {cfg.batch_layout}, but train_eos_padding makes all rows one length: "
+            "set train_eos_padding=False, or leave batch_layout out"
+        )
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         raise UserError(f"clip_grad_norm: {cfg.clip_grad_norm}: use more than 0, or null")
     if cfg.run_val_every_n_steps and cfg.dataset_val is None:

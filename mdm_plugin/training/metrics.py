@@ -13,7 +13,7 @@ from torchtune.training.metric_logging import TensorBoardLogger as _TensorBoardL
 from tqdm import tqdm
 
 from mdm_plugin.training.distributed import World
-from mdm_plugin.training.step import Corrupted
+from mdm_plugin.training.step import Corrupted, to_device
 
 T_BINS = 10
 
@@ -62,13 +62,14 @@ class StepMetrics:
 
     def micro_batch(self, batch: Corrupted, loss: Tensor, losses: Tensor) -> None:
         """Add a micro-batch: its share of the step's loss, and its row losses [R]."""
-        bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1).to(losses.device)
+        bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1)
+        bins = to_device(bins, losses.device)
         self._sums[0] += loss.detach()
         self._sums.index_add_(0, 1 + bins, losses)
         self._sums.index_add_(0, 1 + T_BINS + bins, torch.ones_like(losses))
         views = len(batch.row_weight) // len(batch.t)
         counts = [len(batch.targets.labels), batch.eligible * views, batch.noisy.numel()]
-        self._sums[-3:] += torch.tensor(counts, device=losses.device)
+        self._sums[-3:] += to_device(torch.tensor(counts), losses.device)
 
     def step(self, grad_norm: Tensor | None, importance: Tensor) -> None:
         """Add an optimizer step: its gradient's norm, if known, and all importance weights."""

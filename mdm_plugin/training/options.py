@@ -43,6 +43,7 @@ class Options:
     shuffle: bool = True
     train_eos_padding: bool = True  # LLaDA: EOS fills the batch and is learnt; else it is ignored
     pad_to_multiple_of: int = 1
+    batch_layout: str = "padded"  # grouped: by length; packed: rows in one sequence, no padding
     clip_grad_norm: float | None = None
 
     # Memory and speed

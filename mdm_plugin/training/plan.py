@@ -23,7 +23,7 @@ from mdm_plugin.data import GlobalBatches
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import MDMTransformer
-from mdm_plugin.timesteps import ParetoOptimal, Uniform
+from mdm_plugin.timesteps import ParetoOptimal
 from mdm_plugin.training.checks import check_adapters, check_estimator
 from mdm_plugin.training.config import instantiate
 from mdm_plugin.training.distributed import adapter_names, named_parameters

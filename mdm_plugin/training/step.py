@@ -1,15 +1,18 @@
 """The part of a training step that is masked diffusion: noise in, loss out."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.loss import MDMLoss, Targets
 from mdm_plugin.masking import Views
+from mdm_plugin.models.transformer import row_mask
 from mdm_plugin.timesteps import Density, count_weight
 from mdm_plugin.training.distributed import World
 
@@ -28,28 +31,72 @@ class Corrupted(NamedTuple):
     """A micro-batch with its masks drawn: V views of R rows of L tokens.
 
     noisy: [V·R, L], long, what the model sees.
-    attend: [V·R, 1, L], bool, or None.
+    attend: [V·R, 1, L], bool, or None; of packed rows, what ``models.row_mask`` gives.
     targets: what it is to predict.
     normalizer: scalar, fp64, this micro-batch's share of the loss's normaliser.
     t: [R], fp64.
     row_weight: [V·R], fp32: times the sum of a sequence's CE, its row loss l.
     eligible: number of eligible positions in the R rows.
+    input_pos: [1, T], long, of packed rows; else None.
     """
 
     noisy: Tensor
-    attend: Tensor | None
+    attend: Any
     targets: Targets
     normalizer: Tensor
     t: Tensor
     row_weight: Tensor
     eligible: int
+    input_pos: Tensor | None = None
 
     def to(self, device: torch.device) -> "Corrupted":
+        """All that the step on ``device`` uses there, without waiting for it."""
+        mask = self.attend
+        if self.input_pos is None:
+            mask = None if mask is None else to_device(mask, device)
         return self._replace(
-            noisy=self.noisy.to(device, non_blocking=True),
-            attend=None if self.attend is None else self.attend.to(device, non_blocking=True),
-            targets=self.targets.to(device),
+            noisy=to_device(self.noisy, device),
+            attend=mask,
+            targets=Targets(*(to_device(x, device) for x in self.targets)),
+            t=to_device(self.t, device),
+            row_weight=to_device(self.row_weight, device),
+            input_pos=None if self.input_pos is None else to_device(self.input_pos, device),
         )
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``; to CUDA from pinned memory, while the device works on."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def pack(
+    batch: Corrupted, device: torch.device, multiple: int = 1, causal: bool = False
+) -> Corrupted:
+    """The same V·R sequences without their padding, one after another in a single one.
+
+    Each attends to itself alone and has positions from 0: the loss and its gradient are those of
+    the padded batch. The whole is filled to a multiple of ``multiple`` tokens (of 128 on CUDA).
+    """
+    count, length = batch.noisy.shape
+    real = (
+        torch.ones(count, length, dtype=torch.bool) if batch.attend is None else batch.attend[:, 0]
+    )
+    kept = real.flatten()
+    lengths = real.sum(1)
+    position = torch.arange(length).expand(count, -1)[real]
+    multiple = multiple if device.type != "cuda" else math.lcm(multiple, 128)
+    if filling := -len(position) % multiple:
+        lengths = torch.cat((lengths, torch.tensor([filling])))
+    new = kept.cumsum(0) - 1
+    targets = batch.targets._replace(positions=new[batch.targets.positions])
+    return batch._replace(
+        noisy=F.pad(batch.noisy.flatten()[kept], (0, filling))[None],
+        attend=row_mask(lengths, device, causal),
+        targets=targets,
+        input_pos=F.pad(position, (0, filling))[None],
+    )
 
 
 def corrupt(
@@ -95,7 +142,7 @@ def global_normalizer(micro_batches: Sequence[Corrupted], world: World) -> Tenso
     One for all, so that the gradient does not depend on how the same global batch is split.
     """
     own = torch.stack([batch.normalizer for batch in micro_batches]).sum()
-    return world.sum(own.float()).clamp(min=1)
+    return world.sum(to_device(own.float(), world.device)).clamp(min=1)
 
 
 def forward_loss(model: nn.Module, loss: MDMLoss, batch: Corrupted) -> tuple[Tensor, Tensor]:
@@ -103,6 +150,7 @@ def forward_loss(model: nn.Module, loss: MDMLoss, batch: Corrupted) -> tuple[Ten
     return model(
         batch.noisy,
         mask=batch.attend,
+        input_pos=batch.input_pos,
         head=lambda head, hidden: loss(head, hidden, batch.targets),
     )
 

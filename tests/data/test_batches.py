@@ -46,6 +46,42 @@ def test_rows_and_noise_do_not_depend_on_ranks_and_accumulation(
         assert split == by_place(step, rows, 1, 1, eos_padding_id=eos_padding_id)
 
 
+@pytest.mark.parametrize("layout", ["grouped", "packed"])
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 2), (2, 2), (4, 1), (1, 8)])
+def test_rows_and_noise_do_not_depend_on_the_layout(ranks, accumulation, layout):
+    rows = make_rows()
+    for step in (0, 3, 7):
+        assert by_place(step, rows, ranks, accumulation, layout=layout) == by_place(
+            step, rows, 1, 1
+        )
+
+
+def test_grouped_rows_have_less_padding_and_packed_ones_are_as_many_tokens_each():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 200, (256,), generator=generator).tolist()
+    rows = Rows(([5] * n, [False] + [True] * (n - 1)) for n in lengths)
+    cells, totals = {}, {}
+    for layout in ("padded", "grouped", "packed"):
+        shares = [
+            GlobalBatches(
+                rows,
+                batch_size=8,
+                ranks=2,
+                rank=rank,
+                accumulation=4,
+                seed=0,
+                pad_id=PAD,
+                layout=layout,
+            ).micro_batches(0)
+            for rank in range(2)
+        ]
+        batches = [batch for share in shares for batch in share]
+        cells[layout] = sum(x.tokens.numel() for x in batches)
+        totals[layout] = torch.tensor([float(x.attend.sum()) for x in batches])
+    assert cells["grouped"] < 0.75 * cells["padded"]
+    assert totals["packed"].std() < 0.2 * totals["padded"].std()
+
+
 def test_an_epoch_visits_each_row_at_most_once_in_an_order_of_its_own():
     batches = GlobalBatches(make_rows(), batch_size=6, seed=0, pad_id=PAD)
     assert batches.steps_per_epoch == 6

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.loss import MDMLoss
+from mdm_plugin.masking import FixedCount, Mirror, NextToken
+from mdm_plugin.models import llada
+from mdm_plugin.timesteps import Uniform
+from mdm_plugin.training.distributed import World
+from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
+
+MASK = 1
+
+
+def a_model(**options):
+    torch.manual_seed(0)
+    shape = {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48}
+    return llada(vocab_size=60, num_layers=2, max_seq_len=64, **shape, **options)
+
+
+def a_batch(masking, loss):
+    generator = torch.Generator().manual_seed(4)
+    sizes = [(3, 5), (1, 20), (7, 2), (2, 1), (6, 11)]
+    rows = Rows(
+        (torch.randint(2, 60, (p + n,), generator=generator).tolist(), [False] * p + [True] * n)
+        for p, n in sizes
+    )
+    batches = GlobalBatches(rows, batch_size=5, seed=0, pad_id=0)
+    t, importance = Uniform()(5, generator)
+    return corrupt(batches.micro_batches(0)[0], t, importance + t, masking, loss, MASK)
+
+
+def gradients(model, loss, batch, device="cpu"):
+    alone = World(0, 1, torch.device(device), None)
+    model.zero_grad()
+    found = backward(model, loss, batch, global_normalizer([batch], alone), alone)
+    return [*found, *(p.grad for p in model.parameters())]
+
+
+CASES = {
+    "Mirror": (Mirror(), {}, {}),
+    "FixedCount, shifted": (FixedCount(), {"shift": True, "chunk_size": 7}, {}),
+    "autoregressive": (NextToken(), {"shift": True}, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(case, multiple):
+    masking, options, shape = CASES[case]
+    loss, model = MDMLoss(**options), a_model(**shape)
+    batch = a_batch(masking, loss)
+    packed = pack(batch, torch.device("cpu"), multiple, causal=bool(shape))
+    views = len(batch.noisy) // 5
+    assert packed.noisy.shape == (1, -(-58 * views // multiple) * multiple)
+    for a, b in zip(gradients(model, loss, packed), gradients(model, loss, batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_mask_of_rows_they_would_see_each_other():
+    loss, model = MDMLoss(), a_model()
+    batch = a_batch(Mirror(), loss)
+    packed = pack(batch, torch.device("cpu"))
+    wrong = gradients(model, loss, packed._replace(attend=None))[0]
+    assert abs(wrong - gradients(model, loss, batch)[0]) > 1e-3
+
+
+@pytest.mark.gpu
+def test_packed_rows_on_a_gpu_by_flex_attention():
+    loss, model = MDMLoss(), a_model().cuda()
+    batch = a_batch(Mirror(), loss)
+    packed = pack(batch, torch.device("cuda"))
+    for a, b in zip(
+        gradients(model, loss, packed, "cuda"), gradients(model, loss, batch, "cuda"), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
