@@ -130,15 +130,14 @@ class MDMLoss(nn.Module):
         """
 
         picked = hidden.flatten(0, 1).index_select(0, targets.positions)
+        rest = (targets.labels, targets.weights, self.chunk_size)
         weight = _plain_weight(output)
         if weight is not None:
             return _LinearCrossEntropy.apply(
-                picked, weight, targets.labels, targets.weights, self.chunk_size, self._chunk
+                picked, weight, *rest, self._chunk, torch.is_grad_enabled()
             )
         trained = [p for p in output.parameters() if p.requires_grad]
-        return _HeadCrossEntropy.apply(
-            picked, output, targets.labels, targets.weights, self.chunk_size, *trained
-        )
+        return _HeadCrossEntropy.apply(picked, output, *rest, torch.is_grad_enabled(), *trained)
 
     def compile_chunks(self, backend: str = "inductor") -> None:
         """torch.compile of the work on a chunk.
@@ -173,7 +172,9 @@ def _chunk(h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[
 class _LinearCrossEntropy(torch.autograd.Function):
     """Σ weights · CE(h·Wᵀ, labels), and each CE; gradients are computed with it, chunk by chunk.
 
-    No chunk's logits outlive it, and none are computed twice. The gradient of W is summed in fp32.
+    No chunk's fp32 logits outlive it, and none are computed twice. W's gradient is summed in fp32:
+    in a narrower dtype, what the chunks give is collected for one product, which sums so by itself,
+    as long as that takes less memory than W in fp32; then it is added to that.
     """
 
     @staticmethod
@@ -185,31 +186,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         chunk_size: int,
         chunk: Callable[..., tuple[Tensor, Tensor]],
+        training: bool,
     ) -> tuple[Tensor, Tensor]:
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        ce = weights.new_empty(len(labels))
+        for_hidden, for_weight = (training and x for x in ctx.needs_input_grad[:2])
+        positions, width = hidden.shape
+        ce = weights.new_empty(positions)
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        for start in range(0, len(labels), chunk_size):
-            place = slice(start, start + chunk_size)
-            h, own = hidden[place], labels[place]
-            filling = chunk_size - len(h) if chunk is not _chunk else 0
-            values, gradient = chunk(
-                F.pad(h, (0, 0, 0, filling)),
-                weight,
-                F.pad(own, (0, filling)),
-                F.pad(weights[place], (0, filling)),
-            )
-            ce[place] = values[: len(h)]
-            gradient = gradient[: len(h)]
-            if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[place])
-            if grad_weight is not None:
-                if h.dtype == torch.float32:
-                    grad_weight.addmm_(gradient.t(), h)
-                else:
-                    grad_weight += torch.mm(gradient.t(), h)
-            del values, gradient  # before the next chunk's are made
+        grad_weight = None
+        room = chunk_size if weight.dtype == torch.float32 else max(chunk_size, 2 * width)
+        for first in range(0, positions, room):
+            group = slice(first, min(first + room, positions))
+            collected = None
+            for start in range(first, group.stop, chunk_size):
+                place = slice(start, min(start + chunk_size, group.stop))
+                h, own = hidden[place], labels[place]
+                filling = chunk_size - len(h) if chunk is not _chunk else 0
+                values, gradient = chunk(
+                    F.pad(h, (0, 0, 0, filling)),
+                    weight,
+                    F.pad(own, (0, filling)),
+                    F.pad(weights[place], (0, filling)),
+                )
+                ce[place] = values[: len(h)]
+                gradient = gradient[: len(h)]
+                if grad_hidden is not None:
+                    torch.mm(gradient, weight, out=grad_hidden[place])
+                if len(h) == group.stop - first:
+                    collected = gradient
+                elif for_weight:
+                    if collected is None:
+                        collected = gradient.new_empty(group.stop - first, len(weight))
+                    collected[start - first : place.stop - first] = gradient
+                del values, gradient  # before the next chunk's are made
+            if for_weight:
+                grad_weight = _added(grad_weight, collected, hidden[group], positions > room)
+        if for_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.gradients = grad_hidden, grad_weight
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(ce)
@@ -220,7 +232,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = _scaled(ctx, grad)
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 5
+
+
+def _added(total: Tensor | None, gradient: Any, h: Tensor, several: bool) -> Tensor:
+    """``total`` and one more product gradientᵀ·h; summed in fp32 if there are ``several``."""
+    if total is None:
+        product = torch.mm(gradient.t(), h)
+        return product.float() if several else product
+    if h.dtype == total.dtype:
+        return total.addmm_(gradient.t(), h)
+    return total.add_(torch.mm(gradient.t(), h))
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -234,9 +256,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor,
         chunk_size: int,
+        training: bool,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        wanted = any(ctx.needs_input_grad)
+        wanted = training and any(ctx.needs_input_grad)
         losses, grad_hidden = [], torch.empty_like(hidden)
         grads = [torch.zeros_like(p, dtype=torch.float32) for p in trained] if wanted else []
         for start in range(0, len(labels), chunk_size):
@@ -260,7 +283,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *grads = _scaled(ctx, grad)
         cast = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True) if g is not None]
-        return grad_hidden, None, None, None, None, *cast
+        return grad_hidden, *[None] * 5, *cast
 
 
 def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:

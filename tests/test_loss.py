@@ -173,9 +173,10 @@ def test_compiled_chunks_are_the_same_and_one_graph_for_every_number_of_masks():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_bf16_is_near_fp32():
+@pytest.mark.parametrize("chunk_size", [4, 7, 1000])  # the room for collecting is 2·D = 16
+def test_bf16_is_near_fp32(chunk_size):
     tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
-    loss = MDMLoss(chunk_size=4)
+    loss = MDMLoss(chunk_size=chunk_size)
     targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
     found = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -201,6 +202,22 @@ def test_a_batch_without_masked_positions_has_zero_loss_and_a_gradient():
     total.backward()
     assert total == 0 and len(ce) == 0
     assert torch.equal(h.grad, torch.zeros_like(h)) and head.weight.grad.abs().sum() == 0
+
+
+def test_evaluation_computes_no_gradients():
+    tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
+    loss = MDMLoss(chunk_size=4)
+    targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
+    products = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            products.append(function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_))
+            return function(*arguments, **keywords or {})
+
+    with torch.no_grad(), Count():
+        loss(head, hidden, targets)
+    assert sum(products) == -(-int(mask.sum()) // 4)
 
 
 @pytest.mark.parametrize("arguments", [{"normalize": "rows"}, {"weight": "p"}, {"chunk_size": 0}])
