@@ -289,7 +289,7 @@ def lengths(given: Any) -> dict[str, Any]:
     shape = (vocabulary, width, 4, 8, torch.float32, 1024)
     batch, noisy, loss = a_batch(sizes, vocabulary)
     ours, plain = (x(*shape).to(given.device) for x in (our_model, plain_model))
-    packed = pack(noisy, torch.device(given.device))
+    packed = pack(noisy, ours, torch.device(given.device))
     ways = {
         "packed": our_step(ours, packed, loss, adamw(ours), given.device),
         "padded": our_step(ours, noisy, loss, adamw(ours), given.device),
@@ -382,7 +382,7 @@ def compiled(given: Any) -> dict[str, Any]:
             torch._dynamo.reset()
             _, noisy, loss = a_batch([tuple(x) for x in sizes], 320)
             if layout == "packed":
-                noisy = pack(noisy, world.device)
+                noisy = pack(noisy, our_model(320, 64, 1, 4, torch.float32, 64), world.device)
             model = build_model(
                 lambda: llada(320, 3, 4, 64, 64, 256),
                 world,

@@ -7,24 +7,28 @@ Every option with its default: ``mdm_plugin/training/options.py``.
 One code path for one process and for many (FSDP2, HSDP), on CPU and CUDA.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from signal import Signals
 
 from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
 
-from mdm_plugin.data import GlobalBatches
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training import checks
 from mdm_plugin.training.config import instantiate, parse
+from mdm_plugin.training.data import global_batches
 from mdm_plugin.training.distributed import World, build_model, clip_gradient, distributed
+from mdm_plugin.training.guard import Guard
 from mdm_plugin.training.in_backward import StepInBackward
+from mdm_plugin.training.interruption import Stop, is_restart
 from mdm_plugin.training.metrics import StepMetrics, progress_bar
 from mdm_plugin.training.options import Options
 from mdm_plugin.training.plan import dry_run
-from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
+from mdm_plugin.training.probe import fit, keep_fit, probe, probe_due
 from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
 from mdm_plugin.training.validation import read_questions, validate
 
@@ -41,8 +45,15 @@ class MDMFinetune:
         accumulation = checks.check_sizes(cfg, world)
 
         # Cheap parts first: whatever is wrong in a config or a file stops the run here.
-        self.checkpointer = instantiate(cfg, "checkpointer", keep_last_n=cfg.keep_last_n)
-        checkpoint = self.checkpointer.to_resume(cfg.resume_from_checkpoint)
+        self.checkpointer = instantiate(
+            cfg,
+            "checkpointer",
+            keep_last_n=cfg.keep_last_n,
+            keep_best_n=cfg.keep_best_n,
+            asynchronous=cfg.enable_async_checkpointing,
+        )
+        restart = is_restart(world, self.checkpointer.output_dir) and self.checkpointer.steps()
+        checkpoint = self.checkpointer.to_resume(cfg.resume_from_checkpoint or bool(restart), world)
         self.loss = instantiate(cfg, "loss")
         self.timesteps = instantiate(cfg, "timesteps")
         self.masking = instantiate(cfg, "masking")
@@ -53,20 +64,7 @@ class MDMFinetune:
         for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
             if rows is not None:
                 self.say(f"{name}: {rows}")
-        self.batches = GlobalBatches(
-            self.rows,
-            batch_size=cfg.batch_size,
-            ranks=world.size,
-            rank=world.rank,
-            accumulation=accumulation,
-            seed=cfg.seed,
-            shuffle=cfg.shuffle,
-            pad_id=self.tokenizer.pad_id,
-            eos_padding_id=self.tokenizer.eos_id if cfg.train_eos_padding else None,
-            pad_to_multiple_of=cfg.pad_to_multiple_of,
-            max_len=self.tokenizer.max_seq_len,
-            layout=cfg.batch_layout,
-        )
+        self.batches = global_batches(cfg, self.rows, self.tokenizer, world, accumulation)
         whole_epoch = self.batches.steps_per_epoch
         self.steps_per_epoch = min(whole_epoch, cfg.max_steps_per_epoch or whole_epoch)
         self.total_steps = cfg.epochs * self.steps_per_epoch
@@ -115,13 +113,8 @@ class MDMFinetune:
         if checkpoint:
             state = self.checkpointer.load_state(checkpoint)
             checks.check_resume(state, self.identity, checkpoint)
-            self.checkpointer.load_optimizer(world, checkpoint, self.model, self.optimizer)
-            if self.lr_scheduler:
-                self.checkpointer.load_schedule(self.lr_scheduler, state["lr_scheduler"])
-            if self.ema:
-                self.checkpointer.load_average(self.model, checkpoint, self.ema)
-            if state["timesteps"] and hasattr(self.timesteps, "load_state_dict"):
-                self.timesteps.load_state_dict(state["timesteps"])
+            parts = (self.model, self.optimizer, self.lr_scheduler, self.ema, self.timesteps)
+            self.checkpointer.load_rest(world, checkpoint, state, *parts)
             self.first_step = state["step"]
             self.say(f"resuming from {checkpoint}, step {self.first_step} of {self.total_steps}")
         elif world.rank == 0 and (aside := self.checkpointer.set_aside()):
@@ -130,6 +123,8 @@ class MDMFinetune:
         self.metric_logger = instantiate(cfg, "metric_logger")
         self.metric_logger.log_config(cfg)
         self.metrics = StepMetrics(world)
+        self.guard = Guard(world, cfg, state["skipped_steps"] if checkpoint else 0)
+        self.validated: dict[int, float] = {}  # of the last validated step
         self.profiler = training.DummyProfiler()
         if cfg.profiler is not None:
             self.profiler, _ = instantiate(cfg, "profiler")
@@ -146,7 +141,7 @@ class MDMFinetune:
         if cfg.run_val_every_n_steps and self.first_step == 0:
             self.validate(0)
         bar = progress_bar(world, total=self.total_steps, initial=self.first_step)
-        with self.profiler, bar:
+        with self.profiler, bar, Stop(world) as stop:
             for step in range(self.first_step, self.total_steps):
                 if probe_due(self.timesteps, step):
                     self.fit_timesteps(step)
@@ -157,7 +152,10 @@ class MDMFinetune:
 
                 if done % cfg.log_every_n_steps == 0 or done == self.total_steps:
                     figures = self.metrics.report()
-                    bar.set_postfix_str(f"loss {figures['train/loss']:.4f}", refresh=False)
+                    bar.set_postfix_str(
+                        f"loss {figures.get('train/loss', math.nan):.4f}", refresh=False
+                    )
+                    figures["train/skipped_steps"] = self.guard.skipped
                     figures["train/lr"] = self.optimizer.param_groups[0]["lr"]
                     self.metric_logger.log_dict(figures, done)
                 if self.lr_scheduler:
@@ -166,12 +164,19 @@ class MDMFinetune:
                     done % cfg.run_val_every_n_steps == 0 or done == self.total_steps
                 ):
                     self.validate(done)
+                signal = stop.agreed()
                 if (
-                    done == self.total_steps
+                    signal
+                    or done == self.total_steps
                     or done % (cfg.save_every_n_epochs * self.steps_per_epoch) == 0
                     or (cfg.save_every_n_steps and done % cfg.save_every_n_steps == 0)
                 ):
                     self.save_checkpoint(done)
+                if signal:
+                    self.checkpointer.wait(world)
+                    self.say(f"stopped by {Signals(signal).name} after step {done}: saved")
+                    raise SystemExit(128 + signal)
+        self.checkpointer.wait(world)
 
     def train_step(self, step: int) -> None:
         """One optimizer step over the global batch."""
@@ -180,36 +185,33 @@ class MDMFinetune:
         epoch, within = divmod(step, self.steps_per_epoch)
         place = epoch * self.batches.steps_per_epoch + within
         t, importance = self.timesteps(self.batches.size, keyed_generator(cfg.seed, "t", place))
+        parts = (self.masking, self.loss, self.tokenizer.mask_id)
         density = getattr(self.timesteps, "density", None)
-        mask_id = self.tokenizer.mask_id
         micro_batches = [
-            corrupt(batch, t, importance, self.masking, self.loss, mask_id, density)
+            corrupt(batch, t, importance, *parts, density)
             for batch in self.batches.micro_batches(place)
         ]
         if cfg.batch_layout == "packed":
-            causal = self.model.layers[0].attn.is_causal
-            parts = (world.device, cfg.pad_to_multiple_of, causal)
+            parts = (self.model, world.device, cfg.pad_to_multiple_of)
             micro_batches = [pack(batch, *parts) for batch in micro_batches]
         normalizer = global_normalizer(micro_batches, world)
-        tally = grad_norm = None
+        results, grad_norm = [], None
         for batch in micro_batches:
             with self.in_backward.active() if self.in_backward else nullcontext():
-                loss, losses = backward(
-                    self.model, self.loss, batch, normalizer, world, self.offloading
-                )
-            self.metrics.micro_batch(batch, loss, losses)
-            if hasattr(self.timesteps, "tally"):
-                added = self.timesteps.tally(batch.t, losses.cpu())
-                tally = added if tally is None else tally + added
-        if tally is not None:
-            self.timesteps.update(world.sum(tally).cpu())
+                parts = (normalizer, world, self.offloading)
+                results.append((batch, *backward(self.model, self.loss, batch, *parts)))
         if not self.in_backward:
             grad_norm = clip_gradient(self.model, cfg.clip_grad_norm).to(world.device)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(step)
-        self.metrics.step(grad_norm, importance)
+        if self.guard.passes(step, results, grad_norm, self.batches.row_indices(place)):
+            if hasattr(self.timesteps, "tally"):
+                tally = sum(self.timesteps.tally(batch.t, x.cpu()) for batch, _, x in results)
+                self.timesteps.update(world.sum(tally).cpu())
+            if not self.in_backward:
+                self.optimizer.step()
+            if self.ema:
+                self.ema.update(step)
+            self.metrics.step(results, grad_norm, importance)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def fit_timesteps(self, step: int) -> None:
         """P-POTS: probe the model, and fit the density of t to what it shows."""
@@ -227,9 +229,7 @@ class MDMFinetune:
         )
         report = fit(self.timesteps, measured, self.world)
         if self.world.rank == 0:
-            write_fit(report, Path(self.cfg.output_dir) / f"timesteps_step_{step}.json")
-            if hasattr(self.metric_logger, "log_figure"):
-                self.metric_logger.log_figure("timesteps", draw_fit(report), step)
+            keep_fit(report, Path(self.cfg.output_dir), self.metric_logger, step)
         self.say(
             f"step {step}/{self.total_steps}: fitted the density of t to {measured.forwards} "
             f"forwards, KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f}), "
@@ -243,6 +243,7 @@ class MDMFinetune:
             data = (self.rows_val, self.questions, self.tokenizer)
             figures, samples = validate(self.model, *data, self.world, cfg, self.loss.shift)
         self.metric_logger.log_dict(figures, step)
+        self.validated = {step: figures["val/nelbo_nats_per_token"]}
         if samples and hasattr(self.metric_logger, "log_text"):
             self.metric_logger.log_text("samples", samples, step)
         found = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -255,6 +256,8 @@ class MDMFinetune:
             "total_steps": self.total_steps,
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "timesteps": getattr(self.timesteps, "state_dict", dict)(),
+            "skipped_steps": self.guard.skipped,
+            "val_nelbo": self.validated.get(step),
         }
         path = self.checkpointer.save(
             self.world, self.model, self.optimizer, step, state, self.cfg, self.tokenizer, self.ema

@@ -26,7 +26,8 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
     positive = (
         "batch_size gradient_accumulation_steps global_batch_size epochs max_steps_per_epoch "
         "pad_to_multiple_of log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n "
-        "run_val_every_n_steps val_draws sample_new_tokens sample_steps max_questions"
+        "keep_best_n run_val_every_n_steps val_draws sample_new_tokens sample_steps max_questions "
+        "max_skipped_steps"
     )
     for key in positive.split():
         if cfg[key] is not None and cfg[key] < 1:
@@ -38,6 +39,8 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
             f"batch_layout: {cfg.batch_layout}, but train_eos_padding makes all rows one length: "
             "set train_eos_padding=False, or leave batch_layout out"
         )
+    if cfg.keep_best_n and not cfg.run_val_every_n_steps:
+        raise UserError("keep_best_n: the best by validation, and run_val_every_n_steps is not set")
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         raise UserError(f"clip_grad_norm: {cfg.clip_grad_norm}: use more than 0, or null")
     if cfg.run_val_every_n_steps and cfg.dataset_val is None:

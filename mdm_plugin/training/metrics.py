@@ -1,8 +1,10 @@
 """What a run shows: TensorBoard scalars, figures of the step, memory."""
 
+import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torchtune.training.metric_logging import TensorBoardLogger as _TensorBoardL
 from tqdm import tqdm
 
 from mdm_plugin.training.distributed import World
+from mdm_plugin.training.guard import Result
 from mdm_plugin.training.step import Corrupted, to_device
 
 T_BINS = 10
@@ -60,7 +63,7 @@ class StepMetrics:
         self._importance_sum = self._importance_max = 0.0
         self._start = time.perf_counter()
 
-    def micro_batch(self, batch: Corrupted, loss: Tensor, losses: Tensor) -> None:
+    def _micro_batch(self, batch: Corrupted, loss: Tensor, losses: Tensor) -> None:
         """Add a micro-batch: its share of the step's loss, and its row losses [R]."""
         bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1)
         bins = to_device(bins, losses.device)
@@ -71,8 +74,11 @@ class StepMetrics:
         counts = [len(batch.targets.labels), batch.eligible * views, batch.noisy.numel()]
         self._sums[-3:] += to_device(torch.tensor(counts), losses.device)
 
-    def step(self, grad_norm: Tensor | None, importance: Tensor) -> None:
-        """Add an optimizer step: its gradient's norm, if known, and all importance weights."""
+    def step(self, results: Sequence[Result], grad_norm: Tensor | None, importance: Tensor) -> None:
+        """Add an optimizer step: of its micro-batches, each with its share of the loss and its row
+        losses; its gradient's norm, if known; and all importance weights."""
+        for result in results:
+            self._micro_batch(*result)
         self._grad_norm = None if grad_norm is None else self._grad_norm + grad_norm.detach()
         self._steps += 1
         self._importance_sum += importance.mean().item()
@@ -84,6 +90,9 @@ class StepMetrics:
         sums = self.world.sum(self._sums).tolist()
         by_t, rows_by_t = sums[1 : 1 + T_BINS], sums[1 + T_BINS : 1 + 2 * T_BINS]
         masked, eligible, tokens = sums[-3:]
+        if not self._steps:  # all were skipped
+            self._reset()
+            return {"speed/seconds_per_step": math.nan}
         figures = {
             "train/loss": sums[0] / self._steps,
             "train/masked_fraction": masked / eligible,

@@ -65,6 +65,10 @@ class Options:
     save_every_n_epochs: int = 1  # and at the end
     save_every_n_steps: int | None = None  # besides
     keep_last_n: int | None = None
+    keep_best_n: int | None = None  # besides: of those validated, the ones of the lowest NELBO
+    enable_async_checkpointing: bool = False  # write while training goes on
+    max_skipped_steps: int | None = 10  # steps that are not finite, in a row; null: take them
+    loss_spike_z: float | None = 6.0  # report a loss so many deviations above the recent ones
     run_val_every_n_steps: int | None = None  # and before the first and after the last step
     val_draws: int = 8  # forwards per validation row
     sample_rows: int = 4  # validation prompts that the model completes at each validation

@@ -161,6 +161,13 @@ def write_fit(report: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(report))
 
 
+def keep_fit(report: dict[str, Any], directory: Path, logger: Any, step: int) -> None:
+    """The report as timesteps_step_N.json, and as a figure where ``logger`` takes one."""
+    write_fit(report, directory / f"timesteps_step_{step}.json")
+    if hasattr(logger, "log_figure"):
+        logger.log_figure("timesteps", draw_fit(report), step)
+
+
 def draw_fit(report: dict[str, Any]) -> Any:
     """A matplotlib figure: g and v, and w beside the density q, over t."""
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.loss import MDMLoss, Targets
 from mdm_plugin.masking import Views
-from mdm_plugin.models.transformer import row_mask
+from mdm_plugin.models.transformer import MDMTransformer, row_mask
 from mdm_plugin.timesteps import Density, count_weight
 from mdm_plugin.training.distributed import World
 
@@ -37,6 +37,7 @@ class Corrupted(NamedTuple):
     t: [R], fp64.
     row_weight: [V·R], fp32: times the sum of a sequence's CE, its row loss l.
     eligible: number of eligible positions in the R rows.
+    places: [R], long, of the rows in the global batch.
     input_pos: [1, T], long, of packed rows; else None.
     """
 
@@ -47,6 +48,7 @@ class Corrupted(NamedTuple):
     t: Tensor
     row_weight: Tensor
     eligible: int
+    places: Tensor
     input_pos: Tensor | None = None
 
     def to(self, device: torch.device) -> "Corrupted":
@@ -72,7 +74,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def pack(
-    batch: Corrupted, device: torch.device, multiple: int = 1, causal: bool = False
+    batch: Corrupted, model: MDMTransformer, device: torch.device, multiple: int = 1
 ) -> Corrupted:
     """The same V·R sequences without their padding, one after another in a single one.
 
@@ -93,7 +95,7 @@ def pack(
     targets = batch.targets._replace(positions=new[batch.targets.positions])
     return batch._replace(
         noisy=F.pad(batch.noisy.flatten()[kept], (0, filling))[None],
-        attend=row_mask(lengths, device, causal),
+        attend=row_mask(lengths, device, model.layers[0].attn.is_causal),
         targets=targets,
         input_pos=F.pad(position, (0, filling))[None],
     )
@@ -133,6 +135,7 @@ def corrupt(
         t=t,
         row_weight=(views.inverse_p / n).reshape(-1).float(),
         eligible=int(n.sum()),
+        places=batch.places,
     )
 
 

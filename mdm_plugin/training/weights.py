@@ -9,7 +9,8 @@ its configuration and tokenizer beside. Nothing here unpickles, or runs code fro
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mdm_plugin.training.distributed import (
     local_part,
     named_parameters,
 )
+from mdm_plugin.training.manifest import MANIFEST
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -159,16 +161,21 @@ def hf_name(naming: Naming | None, name: str) -> str:
         ) from None
 
 
-def save_weights(model: nn.Module, world: World, directory: Path, source: Weights | None) -> None:
-    """Write all parameters, adapters merged, laid out as ``source`` is. Called on every rank.
+Write = Callable[[], Any]  # what rank 0 does to write a file; any thread may
 
-    One file at a time: rank 0 never holds more than the largest file.
+
+def save_weights(
+    model: nn.Module, world: World, directory: Path, source: Weights | None, copy: bool = False
+) -> Iterator[Write]:
+    """Write all parameters, adapters merged, laid out as ``source`` is. Iterated on every rank.
+
+    Gives rank 0 what writes one file after another, and the others as many times nothing to do: if
+    each is called before the next is asked for, rank 0 never holds more than the largest file. With
+    ``copy``, none refers to the model's own memory, and all may be called later.
     """
     adapters = adapter_names(model)
     names = [name for name in named_parameters(model) if name not in adapters]
     naming = source.naming if source else None
-    if world.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
     stored = {hf_name(naming, name): name for name in names}
     files: dict[str, list[str]] = {}
     for name in stored:
@@ -180,31 +187,44 @@ def save_weights(model: nn.Module, world: World, directory: Path, source: Weight
         for name in members:
             tensor = _merged(model, stored[name])
             if world.rank == 0:
-                tensors[name] = tensor.cpu().contiguous()
+                tensors[name] = tensor.detach().to("cpu", copy=copy).contiguous()
                 total += tensors[name].nbytes
-        if world.rank == 0:
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+        yield partial(_save_file, tensors, directory / file) if world.rank == 0 else _nothing
+        del tensors
     if world.rank != 0 or source is None or naming is None:
         return
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: file for file, members in files.items() for name in members},
-        }
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-    for pattern in _BESIDE:
-        for path in source.directory.glob(pattern):
-            if path.name not in (INDEX, ADAPTER_CONFIG, "config.json"):
-                shutil.copyfile(path, directory / path.name)
-    config = dict(source.config)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, members in files.items() for name in members},
+    }
     embeddings = named_parameters(model)["tok_embeddings.weight"]
+    config = dict(source.config)
     for name in ("vocab_size", "embedding_size"):
         if name in config:
             config[name] = embeddings.shape[0]
     for name in ("torch_dtype", "dtype"):
         if name in config:
             config[name] = str(embeddings.dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+
+    def beside() -> None:
+        if len(files) > 1:
+            (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+        for pattern in _BESIDE:
+            for path in source.directory.glob(pattern):
+                if path.name not in (INDEX, ADAPTER_CONFIG, MANIFEST, "config.json", "state.json"):
+                    shutil.copyfile(path, directory / path.name)
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+
+    yield beside
+
+
+def _nothing() -> None:
+    pass
+
+
+def _save_file(tensors: dict[str, Tensor], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def set_config(directory: Path, **values: Any) -> None:
@@ -214,8 +234,10 @@ def set_config(directory: Path, **values: Any) -> None:
         file.write_text(json.dumps({**_json(file), **values}, indent=2))
 
 
-def save_adapters(model: nn.Module, world: World, directory: Path, source: Weights | None) -> None:
-    """Write the adapters as PEFT does. Called on every rank.
+def save_adapters(
+    model: nn.Module, world: World, directory: Path, source: Weights | None
+) -> Iterator[Write]:
+    """Write the adapters as PEFT does. Iterated on every rank, as ``save_weights``.
 
     PEFT finds the modules by a pattern of their whole names, because the last parts are not
     unique in LLaDA (ff_out is in each layer, and the head).
@@ -224,11 +246,10 @@ def save_adapters(model: nn.Module, world: World, directory: Path, source: Weigh
     tensors = {}
     for name in sorted(adapter_names(model)):
         tensor = _full(named_parameters(model)[name])
-        tensors[_PREFIX + hf_name(naming, name)] = tensor.cpu().contiguous()
+        tensors[_PREFIX + hf_name(naming, name)] = tensor.to("cpu", copy=True).contiguous()
     if world.rank != 0:
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / ADAPTER, metadata={"format": "pt"})
+    yield partial(_save_file, tensors, directory / ADAPTER)
     modules = [
         hf_name(naming, f"{name}.weight").removesuffix(".weight")
         for name, _ in _adapted_modules(model)
@@ -250,7 +271,7 @@ def save_adapters(model: nn.Module, world: World, directory: Path, source: Weigh
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    yield partial((directory / ADAPTER_CONFIG).write_text, json.dumps(config, indent=2))
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(
                 save(checkpointer, trained, 2)
             except BaseException:  # torch wraps what it meets
                 killed = True
-        newest = Checkpointer(str(directory)).to_resume(True)
+        newest = Checkpointer(str(directory)).to_resume(True, ALONE)
         checkpointer.load_weights(model, checkpoint=newest)
         assert checkpointer.load_state(newest)["step"] in (1, 2)
         if not killed:
@@ -105,11 +105,11 @@ def test_the_newest_is_by_number_and_a_named_one_is_taken(trained, tmp_path):
     for step in (9, 10, 100):
         save(checkpointer, trained, step)
     assert [d.name for d in checkpointer.steps()] == ["step_9", "step_10", "step_100"]
-    assert checkpointer.to_resume(True).name == "step_100"
-    assert checkpointer.to_resume(str(tmp_path / "step_9")).name == "step_9"
-    assert checkpointer.to_resume(False) is None
+    assert checkpointer.to_resume(True, ALONE).name == "step_100"
+    assert checkpointer.to_resume(str(tmp_path / "step_9"), ALONE).name == "step_9"
+    assert checkpointer.to_resume(False, ALONE) is None
     with pytest.raises(UserError, match="is not a checkpoint"):
-        checkpointer.to_resume(str(tmp_path))
+        checkpointer.to_resume(str(tmp_path), ALONE)
 
 
 def test_initial_weights_depend_on_seed_and_name_alone(tiny_model):

@@ -50,7 +50,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(case, multipl
     masking, options, shape = CASES[case]
     loss, model = MDMLoss(**options), a_model(**shape)
     batch = a_batch(masking, loss)
-    packed = pack(batch, torch.device("cpu"), multiple, causal=bool(shape))
+    packed = pack(batch, model, torch.device("cpu"), multiple)
     views = len(batch.noisy) // 5
     assert packed.noisy.shape == (1, -(-58 * views // multiple) * multiple)
     for a, b in zip(gradients(model, loss, packed), gradients(model, loss, batch), strict=True):
@@ -60,7 +60,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(case, multipl
 def test_without_the_mask_of_rows_they_would_see_each_other():
     loss, model = MDMLoss(), a_model()
     batch = a_batch(Mirror(), loss)
-    packed = pack(batch, torch.device("cpu"))
+    packed = pack(batch, model, torch.device("cpu"))
     wrong = gradients(model, loss, packed._replace(attend=None))[0]
     assert abs(wrong - gradients(model, loss, batch)[0]) > 1e-3
 
@@ -69,7 +69,7 @@ def test_without_the_mask_of_rows_they_would_see_each_other():
 def test_packed_rows_on_a_gpu_by_flex_attention():
     loss, model = MDMLoss(), a_model().cuda()
     batch = a_batch(Mirror(), loss)
-    packed = pack(batch, torch.device("cuda"))
+    packed = pack(batch, model, torch.device("cuda"))
     for a, b in zip(
         gradients(model, loss, packed, "cuda"), gradients(model, loss, batch, "cuda"), strict=True
     ):

@@ -29,6 +29,11 @@ ALL = ["q_proj", "k_proj", "v_proj", "output_proj"]
 TOKENS = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(1))
 
 
+def run(writes):
+    for each in writes:
+        each()
+
+
 def ours(family, dtype=torch.float32, lora=None, **changes):
     """Our model of the family's small shape, its parameters not yet filled."""
     shape = {**OURS, "num_kv_heads": 4 if family == "llada" else 2, **changes}
@@ -81,7 +86,7 @@ def test_a_round_trip_keeps_each_tensor_file_and_the_index(family, tmp_path, dty
     (directory / "tokenizer.json").write_text("{}")
     model, source = ours(family, dtype), Weights(directory)
     source.load(model)
-    save_weights(model, ALONE, out, source)
+    run(save_weights(model, ALONE, out, source))
     before, after = tensors(directory), tensors(out)
     assert before.keys() == after.keys()
     assert all(x.dtype == dtype and torch.equal(x, after[name]) for name, x in before.items())
@@ -105,7 +110,7 @@ def test_transformers_opens_a_dream_shaped_export(tmp_path):
     write(oracle("Dream", kv_heads=2), directory, "Dream")
     model, source = ours("Dream"), Weights(directory)
     initialize_parameters(model, 5)
-    save_weights(model, ALONE, out, source)
+    run(save_weights(model, ALONE, out, source))
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
     opened = Qwen2ForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
@@ -133,8 +138,8 @@ def test_adapters_merged_unmerged_and_in_peft_give_the_same_logits(
     assert (changed - full_attention(truth, TOKENS)).abs().max() > 0.05
 
     out = tmp_path / "out"
-    save_weights(model, ALONE, out, source)
-    save_adapters(model, ALONE, out, source)
+    run(save_weights(model, ALONE, out, source))
+    run(save_adapters(model, ALONE, out, source))
     merged = ours(family)
     Weights(out).load(merged)
     assert (logits(merged) - changed).abs().max() <= 1e-4
@@ -204,7 +209,7 @@ def test_an_autoregressive_model_becomes_bidirectional(tmp_path, kind, new_token
     assert mine.shape[-1] == 97 + new_tokens
     if new_tokens:  # a new token's logit is the mean of the others'
         assert (mine[..., 97:] - expected.mean(-1, keepdim=True)).abs().max() <= 1e-4
-    save_weights(model, ALONE, tmp_path / "out", source)
+    run(save_weights(model, ALONE, tmp_path / "out", source))
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["vocab_size"] == 97 + new_tokens
 
