@@ -6,11 +6,12 @@ TORCH := 2.13.0
 # PyTorch's public wheels without CUDA, for where pip's own index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test lint types tests bench wheel clean
+.PHONY: help install demo test lint types tests faults bench wheel clean
 
 help:
 	@echo "make demo   pretrain and fine-tune a small model on this machine, and measure it"
 	@echo "make test   lint, types and tests"
+	@echo "make faults kills, full disks, damaged files, long runs: all of tests/faults, about 10 minutes"
 	@echo "make bench  training steps side by side with a plain loop, about 40 minutes (after make demo)"
 	@echo "make wheel  build the wheel into dist/"
 	@echo "make clean  remove the virtual environment and caches"
@@ -44,6 +45,9 @@ types: install
 
 tests: install
 	$(BIN)/python -m pytest
+
+faults: install
+	MDM_FAULTS=all $(BIN)/python -m pytest tests/faults -n 0
 
 bench: install
 	$(BIN)/python benchmarks/training.py --output bench

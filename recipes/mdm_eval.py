@@ -37,6 +37,7 @@ from mdm_plugin.training.config import instantiate, parse
 from mdm_plugin.training.distributed import World, distributed
 from mdm_plugin.training.inference import load_model, read_decoding
 from mdm_plugin.training.options import EvalOptions
+from mdm_plugin.training.secrets import redacted
 
 Verifier = Callable[[str, Mapping[str, Any]], bool]
 
@@ -65,7 +66,7 @@ class MDMEval:
         self.identity = {
             "checkpoint": str(weights.directory),
             "checkpoint_sha256": _digest(sorted(set(weights.where.values()))),
-            "config": OmegaConf.to_container(cfg, resolve=True),
+            "config": OmegaConf.to_container(redacted(cfg)),
         }
         self.begin()
 

@@ -279,9 +279,8 @@ def run(cfg: DictConfig, adapters: bool = False) -> None:
     if cfg.dry_run:
         return dry_run(cfg, adapters)
     instantiate(cfg, "prepare")
-    with distributed(
-        cfg.device, cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim
-    ) as world:
+    layout = (cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim)
+    with distributed(cfg.device, *layout, cfg.timeout_minutes) as world:
         recipe = MDMFinetune(cfg, world, adapters)
         recipe.setup()
         try:

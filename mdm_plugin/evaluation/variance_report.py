@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from mdm_plugin.training.secrets import redacted
 from mdm_plugin.variance import Decomposition, Estimate, decompose, ratio
 
 
@@ -63,7 +64,7 @@ def write_report(
         "floor_equal_rows": floor,
         "floor_from": quietest.measured.name,
         "estimators": records,
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": OmegaConf.to_container(redacted(cfg)),
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "variance.json").write_text(json.dumps(result, indent=1))

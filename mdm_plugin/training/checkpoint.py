@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -420,7 +421,7 @@ class Attempts:
 
     def __init__(self, here: bool) -> None:
         self.here = here
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def call(self, function: Callable[[], Any], everywhere: bool = False) -> None:
         """Call on this rank if it is the one to, or on all; not after an error of its own."""
@@ -428,7 +429,7 @@ class Attempts:
         if everywhere or (self.here and self.error is None):
             try:
                 function()
-            except Exception as error:
+            except (Exception, CheckpointException) as error:  # the latter is no Exception
                 self.error = self.error or error
 
 

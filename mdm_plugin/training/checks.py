@@ -39,6 +39,8 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
             f"batch_layout: {cfg.batch_layout}, but train_eos_padding makes all rows one length: "
             "set train_eos_padding=False, or leave batch_layout out"
         )
+    if cfg.timeout_minutes <= 0:
+        raise UserError(f"timeout_minutes: {cfg.timeout_minutes}: use more than 0")
     if cfg.keep_best_n and not cfg.run_val_every_n_steps:
         raise UserError("keep_best_n: the best by validation, and run_val_every_n_steps is not set")
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:

@@ -21,6 +21,10 @@ from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cl
 
 from mdm_plugin.errors import UserError
 
+# Where a config's ``_component_`` may lead: configs get shared, and a component is called.
+ALLOWED = ("mdm_plugin", "torch.optim", "torchtune", "torchao", "bitsandbytes.optim")
+_named_by_user: set[str] = set()
+
 
 def configs_directory() -> Path:
     """Where the packaged configs are: in a wheel within the package, in a checkout beside it."""
@@ -66,6 +70,7 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
         UserError: on anything wrong, with the key.
     """
     path = find_config(name)
+    overrides = _allow(overrides)
     try:
         text = path.read_text()
         loaded = OmegaConf.create(text)  # its loader reads 2e-5 as a number, PyYAML's does not
@@ -108,6 +113,31 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
         if isinstance(cfg[key], DictConfig) and "_component_" in cfg[key]:
             _check_arguments(cfg, key)
     return cfg
+
+
+def _allow(overrides: list[str]) -> list[str]:
+    """Note whose components the user allows; the overrides without ``allow_components``.
+
+    Those that the command line names itself, those of ``allow_components=[package, …]`` there, and
+    those of ``MDM_ALLOW_COMPONENTS``, comma-separated. A config file cannot allow any.
+    """
+    names = os.environ.get("MDM_ALLOW_COMPONENTS", "").split(",")
+    rest = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "allow_components":
+            names += value.strip("[]").split(",")
+            continue
+        names += [value] if key.endswith("._component_") or "." in value else []
+        rest.append(override)
+    _named_by_user.clear()
+    _named_by_user.update(name.strip() for name in names if name.strip())
+    return rest
+
+
+def _is_allowed(path: str) -> bool:
+    """Whether ``path`` is in a package of ``ALLOWED``, or of what the user allows."""
+    return any(path == x or path.startswith(f"{x}.") for x in (*ALLOWED, *_named_by_user))
 
 
 def _leave_out_arguments(cfg: DictConfig, raw: dict[str, Any], overrides: list[str]) -> None:
@@ -191,11 +221,22 @@ def _component(cfg: DictConfig, key: str, where: str = "") -> Callable[..., Any]
         raise UserError(
             f"{where}{key}._component_: missing: name a class or function by its dotted path"
         )
+    refusal = (
+        f"{where}{key}._component_: {path}: not in {', '.join(ALLOWED)}: if it is code of "
+        f"your own, allow it on the command line: allow_components=[{path.split('.')[0]}]"
+    )
+    if not _is_allowed(path):
+        raise UserError(refusal)
     if os.getcwd() not in sys.path:  # as torchtune does: a user's own file may be the component
         sys.path.append(os.getcwd())
     try:
         component = _get_component_from_path(path)
         inspect.signature(component)
+        # An allowed package has others' modules among its names (torchtune.….os.system).
+        inner = component.func if isinstance(component, functools.partial) else component
+        home = f"{inner.__module__}.{getattr(inner, '__qualname__', '')}"
+        if not (_is_allowed(home) or path in _named_by_user):
+            raise UserError(f"{refusal} (it is {home})")
     except (InstantiationError, ValueError, TypeError, ImportError) as error:
         raise UserError(
             f"{where}{key}._component_: {path} cannot be imported: {_last_cause(error)}"

@@ -1,6 +1,8 @@
 """One process or many: process group, device mesh, and models that are born sharded."""
 
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,7 +46,7 @@ class World(NamedTuple):
 
 @contextmanager
 def distributed(
-    device: str, shard_dim: int = -1, replicate_dim: int = 1, timeout_minutes: int = 30
+    device: str, shard_dim: int = -1, replicate_dim: int = 1, timeout_minutes: float = 30
 ) -> Iterator[World]:
     """The world that torchrun has made, or one process without it; its end is the group's end.
 
@@ -53,7 +55,7 @@ def distributed(
         shard_dim: ranks that one copy of the model is sharded over (FSDP2); −1 for all that
             ``replicate_dim`` leaves.
         replicate_dim: copies of the model (HSDP); 1 for plain FSDP2.
-        timeout_minutes: a collective that waits longer ends the run.
+        timeout_minutes: a collective that waits longer ends the run, with a line that says so.
 
     Raises:
         UserError: if the device is not there, or the sizes do not make up the world.
@@ -91,6 +93,16 @@ def distributed(
         else:
             mesh = init_device_mesh(place.type, (size,), mesh_dim_names=("dp_shard",))
         yield World(rank, size, place, mesh)
+    except RuntimeError as error:  # gloo's and NCCL's errors are of this kind
+        if re.search(r"gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
+            reason = str(error).strip().splitlines()[0][:200]
+            print(
+                f"error: rank {rank}: another rank has died, or has not come for "
+                f"{timeout_minutes:g} minutes (timeout_minutes): {reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
     finally:
         dist.destroy_process_group()
 

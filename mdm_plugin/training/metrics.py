@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mdm_plugin.training.distributed import World
 from mdm_plugin.training.guard import Result
+from mdm_plugin.training.secrets import redacted
 from mdm_plugin.training.step import Corrupted, to_device
 
 T_BINS = 10
@@ -36,7 +37,7 @@ class TensorBoardLogger(_TensorBoardLogger):
 
     def log_config(self, config: DictConfig) -> None:
         """The resolved config as text."""
-        text = OmegaConf.to_yaml(config, resolve=True)
+        text = OmegaConf.to_yaml(redacted(config))
         self.log_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
 
     def flush(self) -> None:

@@ -59,6 +59,7 @@ class Options:
     fsdp_reshard_after_forward: bool = True
     data_parallel_shard_dim: int = -1
     data_parallel_replicate_dim: int = 1
+    timeout_minutes: float = 30  # a rank that waits longer for another ends the run
 
     # What is shown and kept
     log_every_n_steps: int = 1

@@ -1,0 +1,162 @@
+"""Runs of the recipe in processes of their own, with faults at chosen places.
+
+A fault harness: what a run does is counted as events (a step, and each write, sync, rename and
+removal of saving), and a fault happens at the event of a given number. Processes come from a fork
+server that has already imported the recipe, so that twenty runs take seconds each.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.faults.runs", "mdm_full_finetune"])
+
+
+class Fault(NamedTuple):
+    """What happens to one rank.
+
+    kind: "kill" (SIGKILL) or "term" (SIGTERM) at event ``at``; "nan": the gradient of step ``at``;
+        "full": from event ``at`` on, no file can grow beyond 64 KiB; "hang": sleeps at event ``at``.
+    """
+
+    kind: str
+    at: int
+    rank: int = 0
+
+
+def arguments(data_dir, output_dir, *more) -> list[str]:
+    return [
+        *("--config", str(TINY), f"data_dir={data_dir}", f"output_dir={output_dir}"),
+        *("save_every_n_steps=4", "keep_last_n=3", *more),
+    ]
+
+
+def run(
+    given: list[str], ranks: int = 1, fault: Fault | None = None, log: Path | None = None, **more
+):
+    """Exit codes of all ranks (negative: by a signal), and rank 0's events: "step" or "save"."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    queue = _context.SimpleQueue()
+    children = [
+        _context.Process(target=_rank, args=(given, rank, ranks, port, fault, log, queue, more))
+        for rank in range(ranks)
+    ]
+    for child in children:
+        child.start()
+    if fault and fault.kind in ("kill", "hang") and ranks > 1:
+        children[fault.rank if fault.kind == "kill" else 1 - fault.rank].join(240)
+        for child in children:
+            child.join(20)  # what torchrun does when one has died
+            if child.is_alive():
+                child.kill()
+    for child in children:
+        child.join(240)
+        if child.is_alive():
+            child.kill()
+            raise AssertionError("a run hangs")
+    events = queue.get() if not queue.empty() else []
+    return [child.exitcode for child in children], events
+
+
+def _rank(given, rank, ranks, port, fault, log, queue, more):
+    os.environ.update(more)
+    if log is not None:
+        out = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+    if ranks > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = ["mdm_full_finetune", *given]
+    inject(fault if fault and fault.rank == rank else None, queue if rank == 0 else None)
+    import mdm_full_finetune
+
+    mdm_full_finetune.main()
+
+
+def inject(fault: Fault | None, queue=None) -> None:
+    """Count events, and have the fault happen at its own."""
+    import shutil
+
+    import mdm_full_finetune as recipe
+    import torch
+    from torch.distributed.checkpoint import filesystem
+
+    from mdm_plugin.training import weights
+
+    events: list[str] = []
+
+    def event(kind: str) -> None:
+        events.append(kind)
+        if not fault or len(events) != fault.at:
+            return
+        if fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif fault.kind == "hang":
+            time.sleep(1000)
+        elif fault.kind == "full":
+            import resource
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
+
+    def counted(owner, name: str, kind: str, after: bool = False) -> None:
+        function = getattr(owner, name)
+
+        def call(*given, **named):
+            if not after:
+                event(kind)
+            result = function(*given, **named)
+            if after:
+                event(kind)
+            return result
+
+        setattr(owner, name, call)
+
+    counted(recipe.MDMFinetune, "train_step", "step", after=True)
+    counted(weights, "save_file", "save", after=True)
+    counted(filesystem, "_write_item", "save", after=True)
+    for owner, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree")):
+        counted(owner, name, "save")
+
+    if fault and fault.kind == "nan":
+        backward = recipe.backward
+
+        def broken(model, *rest):
+            result = backward(model, *rest)
+            if events.count("step") == fault.at:
+                p = next(p for p in model.parameters() if p.grad is not None)
+                p.grad.fill_(torch.nan)
+            return result
+
+        recipe.backward = broken
+    if queue is not None:
+        main = recipe.run
+
+        def reported(*given, **named):
+            try:
+                main(*given, **named)
+            finally:
+                queue.put(events)
+
+        recipe.run = reported
