@@ -4,9 +4,11 @@ Every row is tokenised before training begins, so that a bad one stops the run i
 minute and not in its third day.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torchtune.data import (
@@ -31,6 +33,43 @@ class _BadRow(Exception):
     pass
 
 
+class BadRows:
+    """What is done with rows that are not valid: ``chat_dataset``'s arguments of these names.
+
+    Raises:
+        ValueError: on an unknown ``on_bad_row``, or a ``max_bad_rows`` below 0.
+        UserError: if ``bad_rows_file`` cannot be written.
+    """
+
+    def __init__(
+        self, on_bad_row: Policy, max_bad_rows: int | None, bad_rows_file: str | None
+    ) -> None:
+        if on_bad_row not in ("error", "skip"):
+            raise ValueError(f"on_bad_row is {on_bad_row!r}: use error or skip")
+        if max_bad_rows is not None and max_bad_rows < 0:
+            raise ValueError(f"max_bad_rows is {max_bad_rows}: use 0 or more, or null")
+        self.skip, self.most, self.skipped = on_bad_row == "skip", max_bad_rows, 0
+        self.file: Path | None = None
+        if bad_rows_file is not None and os.environ.get("RANK", "0") == "0":
+            self.file = Path(bad_rows_file).expanduser()
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text("")
+            except OSError as error:
+                raise UserError(f"bad_rows_file: {self.file}: {error.strerror}") from error
+
+    def __call__(self, place: str, reason: str) -> None:
+        """Leave out the row at ``place``, or raise a ``UserError``."""
+        if not self.skip:
+            raise UserError(f"{place}: {reason} (on_bad_row: skip to leave it out)")
+        self.skipped += 1
+        if self.file:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"place": place, "reason": reason}) + "\n")
+        if self.most is not None and self.skipped > self.most:
+            raise UserError(f"{place}: {reason}: the bad row beyond max_bad_rows, {self.most}")
+
+
 def chat_dataset(
     tokenizer: ChatTokenizer,
     *,
@@ -42,6 +81,8 @@ def chat_dataset(
     new_system_prompt: str | None = None,
     train_on_input: bool = False,
     on_bad_row: Policy = "error",
+    max_bad_rows: int | None = None,
+    bad_rows_file: str | None = None,
     **load_dataset_kwargs: Any,
 ) -> Rows:
     """Conversations: {"messages": [{"role", "content"}, …]} or ShareGPT's {"from", "value"}.
@@ -58,6 +99,8 @@ def chat_dataset(
         train_on_input: make the other turns eligible too.
         on_bad_row: ``error`` stops at a row that is not valid or has no response, with its
             place; ``skip`` leaves it out and reports how many.
+        max_bad_rows: more than so many skipped ones stop the run too; None for any number.
+        bad_rows_file: a file for the places and the reasons of those skipped, a JSON line each.
 
     Raises:
         UserError: on a source that cannot be read, or a bad row under ``error``.
@@ -87,8 +130,9 @@ def chat_dataset(
                 raise _BadRow(f'{column}[{i}] is not {{"{role}": text, "{content}": text}}')
         return _tokenize(tokenizer, to_messages(row)["messages"])
 
+    policy = BadRows(on_bad_row, max_bad_rows, bad_rows_file)
     rows = read_rows(source, data_files, split, **load_dataset_kwargs)
-    return _build(rows, tokens, tokenizer, on_bad_row)
+    return _build(rows, tokens, tokenizer, policy)
 
 
 def instruct_dataset(
@@ -101,6 +145,8 @@ def instruct_dataset(
     new_system_prompt: str | None = None,
     train_on_input: bool = False,
     on_bad_row: Policy = "error",
+    max_bad_rows: int | None = None,
+    bad_rows_file: str | None = None,
     **load_dataset_kwargs: Any,
 ) -> Rows:
     """Pairs of texts, one user turn and one assistant turn each.
@@ -108,7 +154,7 @@ def instruct_dataset(
     Args:
         column_map: names of the columns "input" and "output" where they differ.
         tokenizer, source, data_files, split, new_system_prompt, train_on_input, on_bad_row,
-            load_dataset_kwargs: as in ``chat_dataset``.
+            max_bad_rows, bad_rows_file, load_dataset_kwargs: as in ``chat_dataset``.
 
     Raises:
         UserError: as ``chat_dataset``.
@@ -124,8 +170,9 @@ def instruct_dataset(
                 raise _BadRow(f"no text in {column!r} (columns: {', '.join(row)})")
         return _tokenize(tokenizer, to_messages(row)["messages"])
 
+    policy = BadRows(on_bad_row, max_bad_rows, bad_rows_file)
     rows = read_rows(source, data_files, split, **load_dataset_kwargs)
-    return _build(rows, tokens, tokenizer, on_bad_row)
+    return _build(rows, tokens, tokenizer, policy)
 
 
 def text_dataset(
@@ -137,6 +184,8 @@ def text_dataset(
     column: str = "text",
     packed: bool = False,
     on_bad_row: Policy = "error",
+    max_bad_rows: int | None = None,
+    bad_rows_file: str | None = None,
     **load_dataset_kwargs: Any,
 ) -> Rows:
     """Plain text, one document per row, all of it eligible: pretraining.
@@ -146,8 +195,8 @@ def text_dataset(
         packed: join the documents, an EOS after each, and cut them into rows of
             ``tokenizer.max_seq_len`` tokens, as LLaDA's pretraining does: no token is lost or
             padded but in the last row, and documents of a row attend to each other.
-        tokenizer, source, data_files, split, on_bad_row, load_dataset_kwargs: as in
-            ``chat_dataset``.
+        tokenizer, source, data_files, split, on_bad_row, max_bad_rows, bad_rows_file,
+            load_dataset_kwargs: as in ``chat_dataset``.
 
     Raises:
         UserError: as ``chat_dataset``; if ``packed`` and the tokenizer has no ``max_seq_len``.
@@ -163,8 +212,9 @@ def text_dataset(
         ids = [*tokenizer.encode(row[column]), tokenizer.eos_id]
         return ids, [True] * len(ids)
 
+    policy = BadRows(on_bad_row, max_bad_rows, bad_rows_file)
     rows = read_rows(source, data_files, split, **load_dataset_kwargs)
-    return _build(rows, tokens, tokenizer, on_bad_row, packed)
+    return _build(rows, tokens, tokenizer, policy, packed)
 
 
 def _pack(documents: Iterator[Tokens], length: int) -> Iterator[Tokens]:
@@ -198,16 +248,15 @@ def _build(
     rows: Iterator[tuple[str, Any]],
     tokens: Callable[[Mapping[str, Any]], Tokens],
     tokenizer: ChatTokenizer,
-    on_bad_row: Policy,
+    policy: BadRows,
     packed: bool = False,
 ) -> Rows:
-    if on_bad_row not in ("error", "skip"):
-        raise ValueError(f"on_bad_row is {on_bad_row!r}: use error or skip")
     limit = tokenizer.max_seq_len
-    read = skipped = cut_rows = cut_tokens = 0
+    read = cut_rows = cut_tokens = repeated = 0
+    names: set[Any] = set()
 
     def good() -> Iterator[Tokens]:
-        nonlocal read, skipped, cut_rows, cut_tokens
+        nonlocal read, cut_rows, cut_tokens, repeated
         quiet = os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
         for place, row in tqdm(rows, desc="Reading rows", unit=" rows", disable=quiet, leave=False):
             read += 1
@@ -228,20 +277,24 @@ def _build(
                     cut_rows, cut_tokens = cut_rows + 1, cut_tokens + len(ids) - limit
                     ids, eligible = ids[:limit], eligible[:limit]
             except (_BadRow, ValueError, KeyError) as error:
-                if on_bad_row == "error":
-                    raise UserError(
-                        f"{place}: {error} (on_bad_row: skip to leave it out)"
-                    ) from error
-                skipped += 1
+                policy(place, str(error))
                 continue
+            name = row.get("id")
+            if isinstance(name, str | int):
+                repeated += name in names
+                names.add(name)
             yield ids, eligible
 
     result = Rows(_pack(good(), limit) if packed and limit else good())
     if not len(result):
         raise UserError(f"all {read} rows were skipped: none is valid")
     report = []
-    if skipped:
-        report.append(f"skipped {skipped} of {read} rows that were not valid or had no response")
+    if repeated:
+        report.append(f"{repeated} of {read} rows repeat the id of another")
+    if policy.skipped:
+        report.append(
+            f"skipped {policy.skipped} of {read} rows that were not valid or had no response"
+        )
     if cut_rows:
         report.append(
             f"cut {cut_rows} of {read} rows to {limit} tokens: {cut_tokens} tokens are lost"

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from mdm_plugin.errors import UserError
 
@@ -14,6 +14,7 @@ class Invalid(NamedTuple):
     reason: str
 
 
+LONGEST_LINE = 64 << 20  # bytes; one line without an end must not fill the memory
 _FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -67,22 +68,36 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
     if first.startswith(b"["):
         try:
             rows = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
             raise UserError(f"{file}:{number}: not valid JSON: {error}") from error
         for i, element in enumerate(rows, 1):
             yield f"{file}, row {i}", element
         return
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_lines(lines), 1):
             if not line.strip():
+                continue
+            if len(line) > LONGEST_LINE:
+                yield f"{file}:{number}", Invalid(f"longer than {LONGEST_LINE >> 20} MiB")
                 continue
             try:
                 yield f"{file}:{number}", json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 yield f"{file}:{number}", Invalid(f"not valid UTF-8: {error.reason}")
+            except RecursionError:
+                yield f"{file}:{number}", Invalid("not valid JSON: too deeply nested")
             except ValueError as error:
                 yield f"{file}:{number}", Invalid(f"not valid JSON: {error}")
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines; of one that is longer than ``LONGEST_LINE``, a beginning that is longer than that."""
+    while line := file.readline(LONGEST_LINE + 1):
+        rest = line
+        while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(LONGEST_LINE + 1)
+        yield line
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:

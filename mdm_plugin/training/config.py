@@ -79,6 +79,10 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
         raw = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
         merged = _merge_yaml_and_cli_args(argparse.Namespace(**raw), overrides)
         plain = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except AssertionError as error:  # OmegaConf's, of a text that is a number
+        raise UserError(f"{path}: a config is a mapping of keys to values") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -23,7 +23,7 @@ class Fault(NamedTuple):
     """What happens to one rank.
 
     kind: "kill" (SIGKILL) or "term" (SIGTERM) at event ``at``; "nan": the gradient of step ``at``;
-        "full": from event ``at`` on, no file can grow beyond 64 KiB; "hang": sleeps at event ``at``.
+        "full": from event ``at`` on, no file can grow beyond 64 KiB; "hang": sleep at ``at``.
     """
 
     kind: str
@@ -38,10 +38,11 @@ def arguments(data_dir, output_dir, *more) -> list[str]:
     ]
 
 
-def run(
-    given: list[str], ranks: int = 1, fault: Fault | None = None, log: Path | None = None, **more
-):
-    """Exit codes of all ranks (negative: by a signal), and rank 0's events: "step" or "save"."""
+def run(given, ranks=1, fault=None, log=None, **more):
+    """Exit codes of all ranks (negative: by a signal), and rank 0's events: "step" or "save".
+
+    ``more`` goes into the environment; ``log``.RANK gets what a rank prints.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
