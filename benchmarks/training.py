@@ -1,7 +1,7 @@
 """Training steps side by side with a plain loop, in time and memory: `make bench`.
 
     python benchmarks/training.py --output bench            # all; or name some:
-    python benchmarks/training.py --output bench slice memory lengths recipe compile reach scale
+    python benchmarks/training.py --output bench slice memory lengths recipe saving compile scale
     python benchmarks/training.py --output bench slice --device cuda --width 4096
 
 The plain loop is what the field's public training scripts do, written out: transformers' Llama
@@ -101,14 +101,20 @@ def our_model(vocabulary: int, width: int, layers: int, heads: int, dtype: Any, 
 
 
 def plain_model(
-    vocabulary: int, width: int, layers: int, heads: int, dtype: Any, length: int
+    vocabulary: int,
+    width: int,
+    layers: int,
+    heads: int,
+    dtype: Any,
+    length: int,
+    intermediate: int | None = None,
 ) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=intermediate or 3 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         rms_norm_eps=1e-5,
@@ -339,27 +345,52 @@ def bare_and_recipe(recipe: Any, rounds: int) -> dict[str, Step]:
     return {"recipe": whole, "bare": bare}
 
 
-def recipe_(given: Any) -> dict[str, Any]:
-    """The recipe's step, with its noise and figures, over a bare step of the same transformer."""
+def a_recipe(given: Any, *overrides: str) -> Any:
+    """The quickstart's recipe, set up, from random weights."""
     import mdm_full_finetune
 
     from mdm_plugin.training.config import load_config
     from mdm_plugin.training.options import Options
 
+    own = [
+        *("timesteps=mdm_plugin.timesteps.Stratified", f"output_dir={given.output}/recipe"),
+        *("questions=null", "verifier=null", "clip_grad_norm=null"),
+        "checkpointer.checkpoint_dir=null",
+    ]
+    cfg = load_config("quickstart", [*own, *overrides], Options)
+    recipe = mdm_full_finetune.MDMFinetune(cfg, World(0, 1, torch.device("cpu"), None))
+    recipe.setup()
+    recipe.model.train()
+    return recipe
+
+
+def saving(given: Any) -> dict[str, Any]:
+    """40 steps of the quickstart, with an asynchronous checkpoint on the way, and without."""
+    recipe = a_recipe(given, "enable_async_checkpointing=True", "keep_last_n=1")
+    taken = 0
+
+    def steps(save: bool) -> None:
+        nonlocal taken
+        for step in range(40):
+            recipe.train_step(step)
+            if save and step == 10:
+                taken += 1
+                recipe.save_checkpoint(taken)
+
+    ways = {"saving": lambda: steps(True), "not saving": lambda: steps(False)}
+    found = ratio(in_turn(ways, given.pairs), "saving", "not saving")
+    recipe.checkpointer.wait(recipe.world)
+    recipe.cleanup()
+    return {"asynchronous checkpoint in 40 steps": found}
+
+
+def recipe_(given: Any) -> dict[str, Any]:
+    """The recipe's step, with its noise and figures, over a bare step of the same transformer."""
     found = {}
     wide = ["model.vocab_size=32000", "model.embed_dim=1024", "model.num_heads=8"]
     wide += ["model.intermediate_dim=3072", "model.num_layers=2", "batch_size=32"]
     for name, more in (("quickstart", []), ("2 layers of 1,024", wide)):
-        overrides = [
-            "timesteps=mdm_plugin.timesteps.Stratified",
-            "metric_logger.log_dir=/tmp/bench",
-        ]
-        overrides += ["questions=null", "verifier=null", f"output_dir={given.output}/recipe", *more]
-        overrides += ["checkpointer.checkpoint_dir=null"]
-        cfg = load_config("quickstart", overrides, Options)
-        recipe = mdm_full_finetune.MDMFinetune(cfg, World(0, 1, torch.device("cpu"), None))
-        recipe.setup()
-        recipe.model.train()
+        recipe = a_recipe(given, *more)
         rounds = 20 if not more else 3
         ways = bare_and_recipe(recipe, rounds)
         seconds = in_turn(ways, given.pairs, rounds)
@@ -434,6 +465,7 @@ CASES = {
     "memory": memory,
     "lengths": lengths,
     "recipe": recipe_,
+    "saving": saving,
     "compile": compiled,
     "scale": scale,
 }

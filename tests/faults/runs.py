@@ -22,8 +22,8 @@ _context.set_forkserver_preload(["tests.faults.runs", "mdm_full_finetune"])
 class Fault(NamedTuple):
     """What happens to one rank.
 
-    kind: "kill" (SIGKILL) or "term" (SIGTERM) at event ``at``; "nan": the gradient of step ``at``;
-        "full": from event ``at`` on, no file can grow beyond 64 KiB; "hang": sleep at ``at``.
+    kind: "kill": SIGKILL at event ``at``. After ``at`` steps: "term", SIGTERM; "full", no file can
+        grow beyond 64 KiB any more; "hang", sleep; "nan", the next gradient is not a number.
     """
 
     kind: str
@@ -56,7 +56,7 @@ def run(given, ranks=1, fault=None, log=None, **more):
     if fault and fault.kind in ("kill", "hang") and ranks > 1:
         children[fault.rank if fault.kind == "kill" else 1 - fault.rank].join(240)
         for child in children:
-            child.join(20)  # what torchrun does when one has died
+            child.join(20 if fault.kind == "kill" else 1)  # torchrun ends all when one has ended
             if child.is_alive():
                 child.kill()
     for child in children:
@@ -107,7 +107,10 @@ def inject(fault: Fault | None, queue=None) -> None:
 
     def event(kind: str) -> None:
         events.append(kind)
-        if not fault or len(events) != fault.at:
+        if fault is None:
+            return
+        reached = len(events) if fault.kind == "kill" else events.count("step")
+        if reached != fault.at or (fault.kind != "kill" and kind != "step"):
             return
         if fault.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -19,12 +19,13 @@ from mdm_plugin.training import Checkpointer
 from mdm_plugin.training.distributed import World
 from mdm_plugin.training.guard import Guard
 from mdm_plugin.training.manifest import MANIFEST, verify
-from tests.conftest import scalars
+from tests.conftest import BIN, scalars
 from tests.faults.runs import TINY, Fault, arguments, run
 
 ALL = os.environ.get("MDM_FAULTS") == "all"
 ALONE = World(0, 1, torch.device("cpu"), None)
 LAST = "step_20"
+ONE = {"OMP_NUM_THREADS": "1"}
 
 
 def parameters(directory: Path) -> dict[str, torch.Tensor]:
@@ -70,10 +71,9 @@ def test_killed_at_random_and_resumed_it_ends_bit_equal(unbroken, data_dir, tmp_
 
 
 def test_a_signal_ends_it_after_the_step_with_a_checkpoint(unbroken, data_dir, tmp_path):
-    directory, events, ranks = unbroken
-    sixth = [i for i, e in enumerate(events, 1) if e == "step"][5]
+    directory, _, ranks = unbroken
     given = arguments(data_dir, tmp_path, f"batch_size={8 // ranks}")
-    codes, _ = run(given, ranks, Fault("term", sixth, rank=ranks - 1))
+    codes, _ = run(given, ranks, Fault("term", 6, rank=ranks - 1))
     assert codes == [143] * ranks
     assert Checkpointer(str(tmp_path)).steps()[-1].name == "step_6"
     codes, _ = run([*given, "resume_from_checkpoint=True"], ranks)
@@ -81,11 +81,10 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(unbroken, data_dir, t
 
 
 def test_a_full_disk_is_reported_and_the_last_checkpoint_is_whole(unbroken, data_dir, tmp_path):
-    directory, events, ranks = unbroken
-    sixth = [i for i, e in enumerate(events, 1) if e == "step"][5]
+    directory, _, ranks = unbroken
     log = tmp_path / "log"
     given = arguments(data_dir, tmp_path / "run", f"batch_size={8 // ranks}")
-    codes, _ = run(given, ranks, Fault("full", sixth), log)
+    codes, _ = run(given, ranks, Fault("full", 6), log)
     assert codes == [2] * ranks
     line = [x for x in Path(f"{log}.0").read_text().splitlines() if x.startswith("error: ")]
     assert len(line) == 1 and "step_8 could not be saved: " in line[0] and "whole" in line[0]
@@ -137,26 +136,44 @@ def test_when_a_rank_dies_or_hangs_the_other_says_so_and_ends(kind, data_dir, tm
 
 
 @pytest.mark.skipif(not ALL, reason="a part of `make faults`")
-def test_restarts_by_torchrun_go_on_alone(data_dir, tmp_path, command):
-    """Two ranks; one is killed in the first launch and in the second."""
+def test_restarts_by_torchrun_go_on_alone(data_dir, tmp_path):
+    """Two ranks; one is killed in the first launch and in the second.
+
+    Under restarts, gloo's own connections fail or hang now and then on a loopback interface, with
+    any script: then the whole is tried again, elsewhere.
+    """
+    whole = tmp_path / "whole"
+    codes, _ = run(arguments(data_dir, whole, "batch_size=4"), 2)
+    assert codes == [0, 0]
     script = tmp_path / "killed.py"
-    out = tmp_path / "run"
     script.write_text(f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.faults.runs import Fault, inject
+from tests.faults.runs import Fault, arguments, inject
 count = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-inject(Fault("kill", 120 + 40 * count) if count < 2 and os.environ["RANK"] == "1" else None)
-sys.argv = ["x", *{arguments(data_dir, out, "batch_size=4")!r}]
+inject(Fault("kill", 120) if count < 2 and os.environ["RANK"] == "1" else None)
+sys.argv = ["x", *arguments({str(data_dir)!r}, sys.argv[1], "batch_size=4")]
 import mdm_full_finetune
 mdm_full_finetune.main()
 """)
-    launch = ("--nproc_per_node", "2", "--max-restarts", "3", "--master_port", "0")
-    done = command("torchrun", *launch, "--rdzv_backend", "c10d", script)
-    assert done.stdout.count("resuming from") >= 1
-    whole = tmp_path / "whole"
-    codes, _ = run(arguments(data_dir, whole, "batch_size=4"), 2)
-    assert codes == [0, 0] and same(parameters(out), parameters(whole))
+    launch = ("--nproc_per_node", "2", "--max-restarts", "3", "--rdzv_backend", "c10d")
+    for attempt in range(5):
+        out = tmp_path / f"run{attempt}"
+        command = [BIN / "torchrun", *launch, "--rdzv_endpoint", "localhost:0", script, out]
+        log = tmp_path / f"log{attempt}"
+        with log.open("w") as file:
+            started = subprocess.Popen(
+                [str(x) for x in command], stdout=file, stderr=file, env={**os.environ, **ONE}
+            )
+            try:
+                code = started.wait(90)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                continue
+        if code == 0 and "resuming from" in log.read_text():
+            assert same(parameters(out), parameters(whole))
+            return
+    raise AssertionError((tmp_path / "log0").read_text()[-3000:])
 
 
 @pytest.mark.skipif(not ALL, reason="a part of `make faults`")
@@ -170,12 +187,7 @@ def test_two_ranks_then_one_then_four_are_the_same_run(data_dir, tmp_path):
         (1, ("batch_size=2", "gradient_accumulation_steps=4", resume), 6),
         (4, ("batch_size=2", resume), None),
     ):
-        fault = None
-        if signalled:
-            fault = Fault("term", 10**9)
-            _, events = run(arguments(data_dir, tmp_path / f"probe{ranks}", more[0]), ranks)
-            del events
-            fault = Fault("term", signalled)
+        fault = Fault("term", signalled) if signalled else None
         given = arguments(data_dir, out, *more, "save_every_n_steps=100")
         codes, _ = run(given, ranks, fault)
         assert codes == [143 if signalled else 0] * ranks
