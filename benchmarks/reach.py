@@ -28,6 +28,7 @@ from mdm_plugin.data import GlobalBatches, chat_dataset
 from mdm_plugin.evaluation import nelbo
 from mdm_plugin.masking import Bernoulli
 from mdm_plugin.models import ChatTokenizer
+from mdm_plugin.models.naming import FAMILIES
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training import get_linear_schedule_with_warmup
@@ -64,27 +65,7 @@ def plain(cfg: Any, home: Path, lr: float, epochs: int) -> tuple[nn.Module, floa
         rows, batch_size=64, seed=0, pad_id=tokenizer.pad_id, eos_padding_id=tokenizer.eos_id
     )
     ours = our_model(cfg, home / "pretrained")
-    names = {
-        "tok_embeddings": "model.embed_tokens",
-        "norm.scale": "model.norm.weight",
-        "output": "lm_head",
-        "layers.": "model.layers.",
-        ".attn.q_proj": ".self_attn.q_proj",
-        ".attn.k_proj": ".self_attn.k_proj",
-        ".attn.v_proj": ".self_attn.v_proj",
-        ".attn.output_proj": ".self_attn.o_proj",
-        ".mlp.w1": ".mlp.gate_proj",
-        ".mlp.w2": ".mlp.down_proj",
-        ".mlp.w3": ".mlp.up_proj",
-        ".sa_norm.scale": ".input_layernorm.weight",
-        ".mlp_norm.scale": ".post_attention_layernorm.weight",
-    }
-
-    def theirs(name: str) -> str:
-        for a, b in names.items():
-            name = name.replace(a, b, 1)
-        return name
-
+    theirs = FAMILIES["llama"].to_hf
     model = plain_model(320, 64, 3, 4, torch.float32, 64, intermediate=256)
     model.load_state_dict({theirs(k): v for k, v in ours.state_dict().items()}, strict=True)
     optimizer = torch.optim.AdamW(
@@ -142,7 +123,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="directory")
-    parser.add_argument("--epochs", type=int, nargs="*", default=[8, 10, 12, 14, 17, 20, 24, 28])
+    parser.add_argument("--epochs", type=int, nargs="*", default=[10, 20, 30, 40])
     parser.add_argument("--lr", type=float, default=6e-3, help="of the recipe")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)

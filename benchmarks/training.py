@@ -202,13 +202,13 @@ def slice_(given: Any) -> dict[str, Any]:
         ("all response", [(0, 512)] * given.rows),
     ):
         shape = (VOCABULARY, given.width, 2, given.width // 128, torch.bfloat16, 512)
-        seconds: dict[str, list[float]] = {}
         ways = {}
         batch, noisy, loss = a_batch(sizes, VOCABULARY)
         ours, plain = (x(*shape).to(given.device) for x in (our_model, plain_model))
         ways["ours"] = our_step(ours, noisy, loss, adamw(ours), given.device)
         ways["plain"] = plain_step(plain, batch, noisy, adamw(plain), MASK, given.device)
-        seconds = in_turn(ways, given.pairs)
+        pairs = given.pairs if sizes[0][0] else min(3, given.pairs)  # the second is slow
+        seconds = in_turn(ways, pairs)
         found[name] = ratio(seconds, "ours", "plain")
         del ours, plain, ways
         gc.collect()
@@ -217,41 +217,47 @@ def slice_(given: Any) -> dict[str, Any]:
 
 def memory(given: Any) -> dict[str, Any]:
     """The same slice, layers checkpointed: peak memory above parameters and optimizer."""
-    found = {}
-    for way in ("plain", "ours", "ours, optimizer_in_bwd"):
-        done = subprocess.run(
-            [
-                *(sys.executable, __file__, "--output", str(given.output), "--alone", way),
-                *("--width", str(given.width), "--rows", str(given.memory_rows)),
-                *("--device", given.device, "--chunk", str(given.chunk)),
-            ],
-            env={
-                **os.environ,
-                "MALLOC_MMAP_THRESHOLD_": "65536",
-                "MALLOC_TRIM_THRESHOLD_": "65536",
-            },
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        found[way] = json.loads(done.stdout.splitlines()[-1])
-    for way in ("ours", "ours, optimizer_in_bwd"):
+    rows = ("--width", str(given.width), "--rows", str(given.memory_rows))
+    ways = ("plain", "ours", "ours, optimizer_in_bwd")
+    found = {
+        way: in_a_process_alone(given, way, *rows, "--chunk", str(given.chunk)) for way in ways
+    }
+    for way in ways[1:]:
         found[way]["ratio"] = found[way]["gib"] / found["plain"]["gib"]
     return found
 
 
-def alone(given: Any) -> None:
-    """One way's peak above what rests, GiB, over two steps; the first one makes the state."""
-    import psutil
+def in_a_process_alone(given: Any, way: str, *more: str) -> dict[str, float]:
+    """What ``alone`` prints in a process of its own, whose allocator gives back what is freed."""
+    done = subprocess.run(
+        [
+            *(sys.executable, __file__, "--output", str(given.output), "--alone", way),
+            *("--device", given.device, *more),
+        ],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
 
-    shape = (VOCABULARY, given.width, 2, given.width // 128, torch.bfloat16, 512)
-    batch, noisy, loss = a_batch([(256, 256)] * given.rows, VOCABULARY, chunk_size=given.chunk)
+
+def alone(given: Any) -> None:
+    """Print one way's peak above what rests, GiB, and its seconds, after a step that warms up."""
+    if given.sizes:
+        rows, vocabulary, layers, length = (int(x) for x in given.sizes.split(","))
+        shape = (vocabulary, 256, layers, 4, torch.float32, 2048)
+        sizes = [(length // 2, length // 2)] * rows
+    else:
+        vocabulary, sizes = VOCABULARY, [(256, 256)] * given.rows
+        shape = (VOCABULARY, given.width, 2, given.width // 128, torch.bfloat16, 512)
+    batch, noisy, loss = a_batch(sizes, vocabulary, chunk_size=given.chunk)
     plain = given.alone == "plain"
     model = (plain_model if plain else our_model)(*shape).to(given.device)
     if plain:
         model.gradient_checkpointing_enable()
-    else:
+    elif not given.sizes:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     optimizer = adamw(model)
     if plain:
@@ -261,12 +267,20 @@ def alone(given: Any) -> None:
         step = our_step(model, noisy, loss, optimizer, given.device, in_backward)
     step()
     gc.collect()
-    if given.device == "cuda":
+    start = time.perf_counter()
+    peak = peak_gib(step, given.device)
+    print(json.dumps({"gib": peak, "seconds": time.perf_counter() - start}))
+
+
+def peak_gib(step: Step, device: str) -> float:
+    """Peak memory of a step above what is there before it."""
+    if device == "cuda":
         rest = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
-        print(json.dumps({"gib": (torch.cuda.max_memory_allocated() - rest) / GIB}))
-        return
+        return (torch.cuda.max_memory_allocated() - rest) / GIB
+    import psutil
+
     process, peak, running = psutil.Process(), 0, True
     rest = process.memory_info().rss
 
@@ -281,7 +295,7 @@ def alone(given: Any) -> None:
     step()
     running = False
     watcher.join()
-    print(json.dumps({"gib": (peak - rest) / GIB, "rest_gib": rest / GIB}))
+    return (peak - rest) / GIB
 
 
 def lengths(given: Any) -> dict[str, Any]:
@@ -291,8 +305,8 @@ def lengths(given: Any) -> dict[str, Any]:
     total = (normal + math.log(180) - 0.5).exp().clamp(8, 1024).long()
     total = total[torch.randperm(24, generator=torch.Generator().manual_seed(1))].tolist()
     sizes = [(n // 2, n - n // 2) for n in total]
-    width, vocabulary = 512, 32_000
-    shape = (vocabulary, width, 4, 8, torch.float32, 1024)
+    width, vocabulary = 256, 32_000
+    shape = (vocabulary, width, 2, 4, torch.float32, 1024)
     batch, noisy, loss = a_batch(sizes, vocabulary)
     ours, plain = (x(*shape).to(given.device) for x in (our_model, plain_model))
     packed = pack(noisy, ours, torch.device(given.device))
@@ -429,19 +443,16 @@ def compiled(given: Any) -> dict[str, Any]:
 
 
 def scale(given: Any) -> dict[str, Any]:
-    """Seconds and peak memory of a step as one size doubles three times, the others kept."""
-    start = {"rows": 4, "vocabulary": 8_000, "layers": 2, "length": 128}
+    """Peak memory and seconds of a step as one size doubles three times, the others kept."""
+    start = {"rows": 4, "vocabulary": 8_000, "layers": 2, "length": 256}
     found: dict[str, Any] = {}
     for name in start:
         for factor in (1, 2, 4, 8):
             size = {**start, name: start[name] * factor}
-            shape = (size["vocabulary"], 256, size["layers"], 4, torch.float32, 1024)
-            half = size["length"] // 2
-            _, noisy, loss = a_batch([(half, half)] * size["rows"], size["vocabulary"])
-            model = our_model(*shape)
-            step = our_step(model, noisy, loss, adamw(model), given.device)
-            seconds = in_turn({"step": step}, given.pairs)["step"]
-            found[f"{name} {size[name]}"] = {"seconds": median(seconds)}
+            sizes = ",".join(str(x) for x in size.values())
+            found[f"{name} {size[name]}"] = in_a_process_alone(
+                given, "ours", "--sizes", sizes, "--chunk", str(given.chunk)
+            )
     return found
 
 
@@ -512,6 +523,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="loss.chunk_size in memory")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.alone:
         return alone(given)
