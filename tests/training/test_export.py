@@ -1,0 +1,86 @@
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from mdm_plugin.errors import UserError
+from mdm_plugin.models import llada
+from mdm_plugin.training import Checkpointer
+from mdm_plugin.training.distributed import World
+from mdm_plugin.training.export import export
+from mdm_plugin.training.weights import Weights
+from tests.checkpoints import full_attention
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+SHAPE = {
+    **{"vocab_size": 97, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32},
+    **{"intermediate_dim": 80, "max_seq_len": 64, "rope_base": 10_000.0, "norm_eps": 1e-6},
+}
+TOKENS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+class Tokenizer:
+    mask_token_added = False
+
+    def save(self, directory):
+        (directory / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def step(tmp_path):
+    """A checkpoint of a run from random weights, and its model."""
+    torch.manual_seed(0)
+    model = llada(**SHAPE).eval()
+    optimizer = torch.optim.AdamW(model.parameters())
+    cfg = OmegaConf.create({"model": {"_component_": "mdm_plugin.models.llada", **SHAPE}})
+    path = Checkpointer(str(tmp_path)).save(ALONE, model, optimizer, 3, {}, cfg, Tokenizer())
+    return path, model
+
+
+def test_as_llama_transformers_has_the_same_logits(step, tmp_path):
+    import transformers
+
+    path, model = step
+    export(path, tmp_path / "out", "llama")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    )
+    with torch.no_grad():
+        assert (full_attention(theirs, TOKENS) - model(TOKENS)).abs().max() < 1e-5
+    assert not (tmp_path / "out/state.json").exists()
+    assert (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_as_llada_it_comes_back_bit_equal_and_goes_out_again(step, tmp_path):
+    path, model = step
+    export(path, tmp_path / "out")
+    stated = json.loads((tmp_path / "out/config.json").read_text())
+    assert stated["n_kv_heads"] == 2 and stated["rope_theta"] == 10_000.0
+    again = llada(**SHAPE)
+    Weights(tmp_path / "out").load(again)
+    for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # A run from it writes such a checkpoint itself; exporting that copies it.
+    checkpointer = Checkpointer(str(tmp_path / "next"), str(tmp_path / "out"))
+    optimizer = torch.optim.AdamW(again.parameters())
+    cfg = OmegaConf.create({})
+    second = checkpointer.save(ALONE, again, optimizer, 1, {}, cfg, Tokenizer())
+    export(second, tmp_path / "copied")
+    one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("out", "copied"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert not (tmp_path / "copied/manifest.json").exists()
+
+
+def test_what_cannot_be_exported_is_one_line(step, tmp_path):
+    path, _ = step
+    with pytest.raises(UserError, match="had no ema"):
+        export(path, tmp_path / "out", average=True)
+    with pytest.raises(UserError, match="exists: name a new directory"):
+        export(path, tmp_path)
+    with pytest.raises(UserError, match="--family gpt"):
+        export(path, tmp_path / "out", "gpt")
+    (path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="has 0 bytes"):
+        export(path, tmp_path / "out")
