@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,12 +164,17 @@ mdm_full_finetune.main()
         log = tmp_path / f"log{attempt}"
         with log.open("w") as file:
             started = subprocess.Popen(
-                [str(x) for x in command], stdout=file, stderr=file, env={**os.environ, **ONE}
+                [str(x) for x in command],
+                stdout=file,
+                stderr=file,
+                env={**os.environ, **ONE},
+                start_new_session=True,
             )
             try:
                 code = started.wait(90)
             except subprocess.TimeoutExpired:
-                started.kill()
+                os.killpg(started.pid, signal.SIGKILL)  # its ranks too
+                started.wait()
                 continue
         if code == 0 and "resuming from" in log.read_text():
             assert same(parameters(out), parameters(whole))
