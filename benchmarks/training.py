@@ -344,6 +344,7 @@ def bare_and_recipe(recipe: Any, rounds: int) -> dict[str, Step]:
         total, _ = recipe.model(
             noisy.noisy,
             mask=noisy.attend,
+            positions=noisy.targets.positions,
             head=lambda head, h: recipe.loss(head, h, noisy.targets),
         )
         total.backward()

@@ -121,7 +121,7 @@ class MDMLoss(nn.Module):
 
         Args:
             output: the LM head, [*, D] → [*, V].
-            hidden: [B, L, D], the final hidden states.
+            hidden: [B, L, D], the final hidden states; or [M, D], those of ``targets.positions``.
             targets: what ``targets`` gave, on hidden's device.
 
         Returns:
@@ -129,7 +129,9 @@ class MDMLoss(nn.Module):
             CE in nats, [M], detached.
         """
 
-        picked = hidden.flatten(0, 1).index_select(0, targets.positions)
+        picked = hidden
+        if hidden.ndim == 3:
+            picked = hidden.flatten(0, 1).index_select(0, targets.positions)
         rest = (targets.labels, targets.weights, self.chunk_size)
         weight = _plain_weight(output)
         if weight is not None:

@@ -1,6 +1,7 @@
 """The negative evidence lower bound: an upper bound on −log p(response | prompt)."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -138,10 +139,12 @@ def bounds(
             here = tokens[jobs[part]]
             one = torch.ones(len(part), dtype=torch.float64)
             targets = loss.targets(here, mask[part][None], one[None], one, n[jobs[part]])
+            targets = targets.to(device)
             _, values = model(
                 torch.where(mask[part], mask_id, here).to(device),
                 mask=real[jobs[part], None].to(device),
-                head=lambda head, hidden, targets=targets: loss(head, hidden, targets.to(device)),
+                positions=targets.positions,
+                head=partial(loss, targets=targets),
             )
             block = ce[part]
             block[mask[part]] = values.double().cpu()

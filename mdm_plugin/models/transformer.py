@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import RotaryPositionalEmbeddings, TransformerDecoder
+from torchtune.modules import (
+    RotaryPositionalEmbeddings,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
 
 
 class HalvesRotary(nn.Module):
@@ -81,6 +85,26 @@ def row_mask(lengths: Tensor, device: torch.device, causal: bool = False) -> Any
     return create_block_mask(same, 1, None, total, total, device=str(device), _compile=True)
 
 
+class LastLayer(TransformerSelfAttentionLayer):
+    """A layer whose MLP runs where it is needed: after it, no position looks at another one."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Any = None,
+        input_pos: Tensor | None = None,
+        positions: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """[B, L, D]; or [M, D], of ``positions`` [M] of the flattened [B · L]."""
+        normed = self.sa_norm(x)
+        h = self.sa_scale(self.attn(normed, normed, mask=mask, input_pos=input_pos)) + x
+        if positions is not None:
+            h = h.flatten(0, 1).index_select(0, positions)
+        return h + self.mlp_scale(self.mlp(self.mlp_norm(h)))
+
+
 class MDMTransformer(TransformerDecoder):
     """A ``TransformerDecoder`` in which every position attends to every position.
 
@@ -95,6 +119,7 @@ class MDMTransformer(TransformerDecoder):
         *,
         mask: Any = None,
         input_pos: Tensor | None = None,
+        positions: Tensor | None = None,
         head: Callable[[nn.Module, Tensor], Any] | None = None,
     ) -> Any:
         """Logits [B, L, V] in fp32, or whatever ``head`` returns.
@@ -104,7 +129,10 @@ class MDMTransformer(TransformerDecoder):
             mask: which positions may be attended to, bool, [B, L, L] or [B, 1, L]; None for all;
                 or, with B = 1, what ``row_mask`` gives for the rows that the sequence is made of.
             input_pos: [B, L], positions for rotary embeddings; None for 0..L−1.
-            head: called with the LM head [*, D] → [*, V] and the hidden states [B, L, D].
+            positions: [M], of the flattened [B · L]: the hidden states that ``head`` needs; None
+                for all.
+            head: called with the LM head [*, D] → [*, V] and the hidden states, [B, L, D], or
+                [M, D] with ``positions``.
 
         Raises:
             ValueError: if L exceeds the model's ``max_seq_len``, where ``input_pos`` is None.
@@ -119,8 +147,12 @@ class MDMTransformer(TransformerDecoder):
             length = tokens.shape[1]
             mask = mask & mask.new_ones(length, length).tril()
         h = self.tok_embeddings(tokens)
-        for layer in self.layers:
+        *before, last = self.layers
+        for layer in before:
             h = layer(h, mask=mask, input_pos=input_pos)
+        h = last(h, mask=mask, input_pos=input_pos, positions=positions)
+        if positions is not None and h.ndim == 3:
+            h = h.flatten(0, 1).index_select(0, positions)
         h = self.norm(h)
         return self.output(h).float() if head is None else head(self.output, h)
 
@@ -131,6 +163,11 @@ def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTrans
     Its parameters are laid out as in Hugging Face checkpoints (``HalvesRotary``). ``causal`` keeps
     each position from attending to later ones: an autoregressive model.
     """
+    last = decoder.layers[-1]
+    parts = ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale")
+    decoder.layers[-1] = LastLayer(
+        last.attn, last.mlp, **{part: getattr(last, part) for part in parts}
+    )
     rotary = decoder.layers[0].attn.pos_embeddings
     if isinstance(rotary, RotaryPositionalEmbeddings | Llama3ScaledRoPE):
         rotary = HalvesRotary(rotary)

@@ -154,6 +154,7 @@ def forward_loss(model: nn.Module, loss: MDMLoss, batch: Corrupted) -> tuple[Ten
         batch.noisy,
         mask=batch.attend,
         input_pos=batch.input_pos,
+        positions=batch.targets.positions,
         head=lambda head, hidden: loss(head, hidden, batch.targets),
     )
 

@@ -119,3 +119,13 @@ def test_gpu_logits_equal_the_cpu_s():
         on_cpu = model(tokens)
         on_gpu = model.cuda()(tokens.cuda()).cpu()
     assert (on_cpu - on_gpu).abs().max() < 1e-3
+
+
+def test_positions_alone_are_those_of_all(pair):
+    ours, _ = pair
+    tokens = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(6))
+    chosen = torch.tensor([0, 5, 20, 21, 40, 62])
+    with torch.no_grad():
+        whole = ours(tokens, head=lambda head, hidden: head(hidden)).flatten(0, 1)
+        some = ours(tokens, positions=chosen, head=lambda head, hidden: head(hidden))
+    assert (some - whole[chosen]).abs().max() < 1e-5
