@@ -17,6 +17,17 @@ from mdm_plugin.training.distributed import World, adapter_names
 from mdm_plugin.training.weights import Weights
 
 
+def _check_output(directory: Path, rank: int) -> None:
+    """Now, and not when the first checkpoint is due."""
+    probe = directory / f".writable_{rank}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"yes")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {directory} cannot be written: {error.strerror}") from error
+
+
 def check_sizes(cfg: DictConfig, world: World) -> int:
     """Check the config's numbers; the accumulation steps that they come to.
 
@@ -29,6 +40,7 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
         "keep_best_n run_val_every_n_steps val_draws sample_new_tokens sample_steps max_questions "
         "max_skipped_steps"
     )
+    _check_output(Path(cfg.output_dir).expanduser(), world.rank)
     for key in positive.split():
         if cfg[key] is not None and cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")

@@ -46,6 +46,7 @@ WRONG = {
     "no validation data": (["run_val_every_n_steps=5"], "there is no dataset_val"),
     "offloading on CPU": (["enable_activation_offloading=True"], "works on CUDA only"),
     "no such device": (["device=cuda:7"], "device: "),
+    "output nowhere": (["output_dir=/proc/nowhere"], "output_dir: /proc/nowhere cannot be written"),
     "unknown layout": (["batch_layout=sorted"], "batch_layout: sorted: use padded"),
     "packing of filled rows": (["batch_layout=packed"], "set train_eos_padding=False"),
     "best without validation": (["keep_best_n=1"], "run_val_every_n_steps is not set"),
