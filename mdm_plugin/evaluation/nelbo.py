@@ -110,14 +110,14 @@ def bounds(
         raise ValueError(f"draws is {draws}: use 1 or more")
     loss = MDMLoss("response", "ones", shift, chunk_size)
     found = torch.zeros(2, len(indices), dtype=torch.float64)
-    size = max(1, batch_size // draws)
+    size = max(1, min(batch_size // draws, -(-len(indices) // ranks)))
     # Under FSDP2 every rank must run as many forwards: short shares repeat row 0, unused.
     for step in range(-(-len(indices) // (size * ranks))):
         start = (step * ranks + rank) * size
-        own = torch.arange(start, min(start + size, len(indices)))
-        if len(own) < size:
-            own = torch.cat((own, own.new_zeros(size - len(own))))
+        own = torch.arange(len(indices))[start : start + size]
         row = indices[own]
+        if ranks > 1:
+            row = torch.cat((row, indices[:1].expand(size - len(own))))
         tokens, eligible, real = rows.padded(row, int(rows.lengths[row].max()), pad_id)
         n = eligible.sum(1)
         offset = torch.cat(
@@ -132,10 +132,10 @@ def bounds(
         length = tokens.shape[1]
         places = (row[:, None] * draws + torch.arange(draws)).flatten()
         u = keyed_uniform(seed, "nelbo mask", draws, places=places, length=length)
-        jobs = torch.arange(size).repeat_interleave(draws)
+        jobs = torch.arange(len(row)).repeat_interleave(draws)
         mask = (ranks_of(u, eligible[jobs]) < count.flatten()[:, None]) & eligible[jobs]
-        ce = torch.zeros(size * draws, length, dtype=torch.float64)
-        for part in torch.arange(size * draws).split(batch_size):
+        ce = torch.zeros(len(jobs), length, dtype=torch.float64)
+        for part in torch.arange(len(jobs)).split(batch_size):
             here = tokens[jobs[part]]
             one = torch.ones(len(part), dtype=torch.float64)
             targets = loss.targets(here, mask[part][None], one[None], one, n[jobs[part]])
@@ -149,7 +149,7 @@ def bounds(
             block = ce[part]
             block[mask[part]] = values.double().cpu()
             ce[part] = block
-        for j in range(min(size, len(indices) - start)):
+        for j in range(len(own)):
             at = slice(j * draws, (j + 1) * draws)
             found[:, start + j] = torch.stack(
                 controlled(ce[at][:, eligible[j]], mask[at][:, eligible[j]], count[j])

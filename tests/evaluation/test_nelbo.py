@@ -92,6 +92,20 @@ def test_nelbo_does_not_depend_on_the_batch_or_on_the_ranks(tiny_model, rows):
     assert nelbo(tiny_model, rows, batch_size=1, **arguments).nats == pytest.approx(whole, rel=1e-6)
 
 
+def test_shares_of_more_ranks_than_rows_sum_to_the_whole(tiny_model, rows, monkeypatch):
+    arguments = {"mask_id": MASK, "pad_id": PAD, "device": CPU, "draws": 4, "batch_size": 8}
+    whole = bounds(tiny_model, rows, torch.arange(2), **arguments)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: None)
+    for ranks in (2, 5):
+        shares = [
+            bounds(tiny_model, rows, torch.arange(2), rank=rank, ranks=ranks, **arguments)
+            for rank in range(ranks)
+        ]
+        for name in ("nats", "variance"):
+            total = sum(getattr(share, name) for share in shares)
+            torch.testing.assert_close(total, getattr(whole, name), rtol=1e-5, atol=1e-8)
+
+
 def test_nelbo_of_a_uniform_model_is_log_vocabulary(tiny_model, rows):
     torch.nn.init.zeros_(tiny_model.output.weight)
     result = nelbo(tiny_model, rows, mask_id=MASK, pad_id=PAD, batch_size=4, device=CPU, draws=4)
