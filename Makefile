@@ -44,7 +44,8 @@ types: install
 	$(BIN)/mypy
 
 tests: install
-	$(BIN)/python -m pytest
+	@# One thread for each of two workers: the models are tiny.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 faults: install
 	MDM_FAULTS=all $(BIN)/python -m pytest tests/faults -n 0

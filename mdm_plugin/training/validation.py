@@ -23,15 +23,15 @@ class Questions(NamedTuple):
 
 
 def read_questions(cfg: DictConfig, tokenizer: ChatTokenizer) -> Questions | None:
-    """``cfg.questions`` with ``cfg.verifier``; None where there are none.
+    """``cfg.questions`` with ``cfg.verifier``; None where there are none, or no validation.
 
     Raises:
-        UserError: if one is without the other, nothing validates, or the file is not right.
+        UserError: if one is without the other, or the file is not right.
     """
-    if cfg.questions is None and cfg.verifier is None:
+    if (cfg.questions is None) != (cfg.verifier is None):
+        raise UserError("questions: give questions and verifier together")
+    if cfg.questions is None or not cfg.run_val_every_n_steps:
         return None
-    if cfg.questions is None or cfg.verifier is None or not cfg.run_val_every_n_steps:
-        raise UserError("questions: give questions, verifier and run_val_every_n_steps together")
     verify = instantiate(cfg, "verifier")
     prompts = read_prompts(tokenizer, prompts=cfg.questions)[: cfg.max_questions]
     room = tokenizer.max_seq_len

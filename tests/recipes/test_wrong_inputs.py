@@ -52,7 +52,10 @@ WRONG = {
     "best without validation": (["keep_best_n=1"], "run_val_every_n_steps is not set"),
     "no patience": (["timeout_minutes=0"], "timeout_minutes: 0.0: use more than 0"),
     "skip none": (["max_skipped_steps=0"], "max_skipped_steps: 0: use 1 or more"),
-    "questions without a verifier": (["questions=x.jsonl"], "questions: give questions, verifier"),
+    "questions without a verifier": (
+        ["questions=x.jsonl"],
+        "questions: give questions and verifier",
+    ),
     "bad rows beyond the limit": (
         ["dataset.source={tmp}/bad.jsonl", "dataset.on_bad_row=skip", "dataset.max_bad_rows=0"],
         "bad.jsonl:2: not valid JSON",

@@ -19,7 +19,7 @@ def test_figures_are_what_their_names_say(masking):
     t = torch.tensor([0.05, 0.55, 0.58, 0.99], dtype=torch.float64)
     importance = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
     metrics = StepMetrics(ALONE)
-    by_place, masked, tokens = {}, 0, 0
+    by_place, masked, tokens, results = {}, 0, 0, []
     for micro in batches.micro_batches(0):
         batch = corrupt(micro, t, importance, masking, loss, mask_id=7)
         ce = torch.arange(len(batch.targets.labels), dtype=torch.float32)
@@ -31,8 +31,8 @@ def test_figures_are_what_their_names_say(masking):
             by_place.setdefault(place, []).append(total / n / p)
         masked += int((batch.noisy == 7).sum())
         tokens += batch.noisy.numel()
-        metrics.micro_batch(batch, torch.tensor(0.25), row_losses(batch, ce))
-    metrics.step(torch.tensor(3.0), importance)
+        results.append((batch, torch.tensor(0.25), row_losses(batch, ce)))
+    metrics.step(results, torch.tensor(3.0), importance)
     figures = metrics.report()
     assert figures["train/loss"] == pytest.approx(0.5)
     assert figures["train/grad_norm"] == pytest.approx(3.0)
