@@ -25,11 +25,13 @@ def table(text: str) -> dict[str, float]:
 def test_llada_8b_at_the_published_size_in_little_time_and_memory(command, ranks):
     """30 s and 2 GB are the limits; a process of its own, whose peak is its own."""
     script = (
-        "import resource, sys, mdm_full_finetune as recipe\n"
+        "import sys, mdm_full_finetune as recipe\n"
         "sys.argv = ['x', '--config', 'llada/8B_full', "
         f"'dry_run.ranks={ranks}', 'dry_run.device_gib=80']\n"
         "recipe.main()\n"
-        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        # getrusage would give the peak of the process that it was forked from, if that is higher.
+        "peak = next(x for x in open('/proc/self/status') if x.startswith('VmHWM'))\n"
+        "print('PEAK', peak.split()[1])\n"
     )
     start = time.perf_counter()
     done = command(sys.executable, "-c", script)
