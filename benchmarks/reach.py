@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 from training import plain_loss, plain_model
 
 from mdm_plugin.data import GlobalBatches, chat_dataset

@@ -24,7 +24,7 @@ from mdm_plugin.models.naming import FAMILIES
 from mdm_plugin.training.checkpoint import AVERAGE
 from mdm_plugin.training.config import instantiate
 from mdm_plugin.training.manifest import MANIFEST, verify
-from mdm_plugin.training.weights import WEIGHTS
+from mdm_plugin.training.weights import WEIGHTS, hf_name
 
 _OWN = {MANIFEST, "state.json", "config.yaml", AVERAGE, "optimizer"}
 
@@ -56,27 +56,21 @@ def export(step: Path, out: Path, family: str = "llada", average: bool = False) 
             shutil.copyfile(file, out / file.name)
     if carried:
         return
-    names, tensors = FAMILIES[family], {}
-    for name, tensor in load_file(source / WEIGHTS).items():
-        try:
-            tensors[names.to_hf(name)] = tensor
-        except KeyError:
-            raise UserError(f"--family {family} has no place for {name}") from None
+    stored = load_file(source / WEIGHTS)
+    tensors = {hf_name(FAMILIES[family], name): tensor for name, tensor in stored.items()}
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(_config(step, source, family), indent=2))
+    config = _config(step, family, stored["output.weight"].dtype)
+    (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _config(step: Path, source: Path, family: str) -> dict[str, Any]:
+def _config(step: Path, family: str, dtype: torch.dtype) -> dict[str, Any]:
     cfg: Any = OmegaConf.load(step / "config.yaml")
     with torch.device("meta"):
         model = instantiate(cfg, "model")
     layer, vocabulary = model.layers[0], model.tok_embeddings.num_embeddings
     rotary = layer.attn.pos_embeddings.angles
-    with (source / WEIGHTS).open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    kind = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
     common = {
-        "torch_dtype": kind[header["output.weight"]["dtype"]],
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "rope_theta": float(rotary.base),
         "rms_norm_eps": layer.sa_norm.eps,
         "vocab_size": vocabulary,

@@ -60,7 +60,6 @@ class Corrupted(NamedTuple):
             noisy=to_device(self.noisy, device),
             attend=mask,
             targets=Targets(*(to_device(x, device) for x in self.targets)),
-            t=to_device(self.t, device),
             row_weight=to_device(self.row_weight, device),
             input_pos=None if self.input_pos is None else to_device(self.input_pos, device),
         )
