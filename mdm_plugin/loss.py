@@ -36,6 +36,17 @@ class Targets(NamedTuple):
         return Targets(*(x.to(device, non_blocking=True) for x in self))
 
 
+class LinearHead(NamedTuple):
+    """A head h·Wᵀ that does a chunk's work its own way: one whose W is split over ranks.
+
+    weight: [V, D], or this rank's part of it.
+    chunk: (h [c, D], weight, labels [c], weights [c]) → CE [c], and weights · ∂CE/∂logits [c, V].
+    """
+
+    weight: Tensor
+    chunk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class MDMLoss(nn.Module):
     """The losses of the field, by options.
 
@@ -116,11 +127,13 @@ class MDMLoss(nn.Module):
             return torch.tensor(len(n), dtype=torch.float64)
         return (n if self.normalize == "tokens" else mask).sum().double()
 
-    def forward(self, output: nn.Module, hidden: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, output: nn.Module | LinearHead, hidden: Tensor, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
         """Weighted sum of cross-entropies, and each one of them.
 
         Args:
-            output: the LM head, [*, D] → [*, V].
+            output: the LM head, [*, D] → [*, V]; or a ``LinearHead``.
             hidden: [B, L, D], the final hidden states; or [M, D], those of ``targets.positions``.
             targets: what ``targets`` gave, on hidden's device.
 
@@ -133,13 +146,18 @@ class MDMLoss(nn.Module):
         if hidden.ndim == 3:
             picked = hidden.flatten(0, 1).index_select(0, targets.positions)
         rest = (targets.labels, targets.weights, self.chunk_size)
-        weight = _plain_weight(output)
-        if weight is not None:
-            return _LinearCrossEntropy.apply(
-                picked, weight, *rest, self._chunk, torch.is_grad_enabled()
-            )
-        trained = [p for p in output.parameters() if p.requires_grad]
-        return _HeadCrossEntropy.apply(picked, output, *rest, torch.is_grad_enabled(), *trained)
+        head = output
+        if isinstance(head, nn.Module):
+            weight = _plain_weight(head)
+            if weight is None:
+                trained = [p for p in head.parameters() if p.requires_grad]
+                return _HeadCrossEntropy.apply(
+                    picked, head, *rest, torch.is_grad_enabled(), *trained
+                )
+            head = LinearHead(weight, self._chunk)
+        return _LinearCrossEntropy.apply(
+            picked, head.weight, *rest, head.chunk, torch.is_grad_enabled()
+        )
 
     def compile_chunks(self, backend: str = "inductor") -> None:
         """torch.compile of the work on a chunk.
@@ -155,7 +173,8 @@ def _plain_weight(head: nn.Module) -> Tensor | None:
     tied = getattr(head, "tied_module", None)
     if tied is not None:
         return tied.weight
-    return head.weight if type(head) is nn.Linear and head.bias is None else None
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    return head.weight if plain and head.bias is None else None
 
 
 def _chunk(h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,10 @@ def prepare_data(directory: str) -> None:
         if not (home / "tokenizer_config.json").is_file():  # written last
             print(f"Quickstart: writing its data and tokenizer to {home}", flush=True)
             _write_data(home)
-            _write_tokenizer(home)
+            texts = [json.loads(line)["text"] for line in (home / "pretrain.jsonl").open()]
+            rows = [json.loads(line)["messages"] for line in (home / "train.jsonl").open()]
+            texts += [turn["content"] for turns in rows for turn in turns]
+            write_tokenizer(home, texts, VOCABULARY)
 
 
 @contextmanager
@@ -96,7 +99,7 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def _worked_answer(expression: str) -> str:
+def worked_answer(expression: str) -> str:
     """Every running sum of e.g. "4 - 1 + 5", one line each, and the answer."""
     first, *rest = re.findall(r"[+-]?\s*\d+", expression)
     total, lines = int(first), []
@@ -122,7 +125,7 @@ def _write_data(home: Path) -> None:
             if entry["question"] in seen:  # no problem occurs twice, within or across splits
                 continue
             seen.add(entry["question"])
-            answer = _worked_answer(entry["metadata"]["expression"])
+            answer = worked_answer(entry["metadata"]["expression"])
             turns = [
                 {"role": "user", "content": entry["question"]},
                 {"role": "assistant", "content": answer},
@@ -138,11 +141,14 @@ def _write_data(home: Path) -> None:
     (home / "pretrain.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in sums))
 
 
-def _write_tokenizer(home: Path) -> None:
+def write_tokenizer(home: Path, texts: list[str], vocabulary: int) -> None:
+    """tokenizer.json, a BPE learnt from ``texts``, and tokenizer_config.json with a chat template.
+
+    Each digit is a token, a space goes with what follows it.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    # Each digit is a token, a space goes with what follows it.
     pieces = Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -152,14 +158,11 @@ def _write_tokenizer(home: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [json.loads(line)["text"] for line in (home / "pretrain.jsonl").open()]
-    turns = [json.loads(line)["messages"] for line in (home / "train.jsonl").open()]
-    texts += [turn["content"] for row in turns for turn in row]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(home / "tokenizer.json"))
     settings = {

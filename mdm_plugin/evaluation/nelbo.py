@@ -83,6 +83,7 @@ def bounds(
     chunk_size: int = 1024,
     rank: int = 0,
     ranks: int = 1,
+    group: dist.ProcessGroup | None = None,
 ) -> Bound:
     """Estimates of the bound of some rows, from ``draws`` masks of each.
 
@@ -101,7 +102,8 @@ def bounds(
         draws: forwards per row.
         seed: of the draws.
         shift, chunk_size: as in ``MDMLoss``.
-        rank, ranks: which share to compute; shares are summed over ranks.
+        rank, ranks: which share to compute; shares are summed over the ranks.
+        group: of the ranks; None for all processes.
 
     Raises:
         ValueError: if ``draws`` is below 1.
@@ -156,7 +158,7 @@ def bounds(
             )
     if ranks > 1:
         found = found.to(device)
-        dist.all_reduce(found)
+        dist.all_reduce(found, group=group)
     return Bound(*found.cpu())
 
 
@@ -231,6 +233,7 @@ def nelbo(
     chunk_size: int = 1024,
     rank: int = 0,
     ranks: int = 1,
+    group: dist.ProcessGroup | None = None,
 ) -> NELBO:
     """The bound of all rows; arguments and errors as of ``bounds``."""
     was_training = model.training
@@ -249,6 +252,7 @@ def nelbo(
         chunk_size=chunk_size,
         rank=rank,
         ranks=ranks,
+        group=group,
     )
     model.train(was_training)
     return summary(values, response_tokens(rows))

@@ -29,18 +29,24 @@ from mdm_plugin.noise import keyed_generator
 
 
 class World(NamedTuple):
-    """This process among all. mesh is None for a single process."""
+    """This process among those that share the rows.
+
+    mesh is None for a single process. group: theirs, None for all processes. averages: whether
+    gradients are averaged over them (FSDP2's default) or summed.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    group: dist.ProcessGroup | None = None
+    averages: bool = True
 
     def sum(self, x: Tensor) -> Tensor:
-        """``x`` summed over all ranks, on the device."""
+        """``x`` summed over the ranks, on the device."""
         x = x.to(self.device)
         if self.size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
 

@@ -1,7 +1,7 @@
 """Probing the model for P-POTS: how large its losses and gradients are at each t."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ def probe(
     world: World,
     step: int,
     offloading: AbstractContextManager = NO_OFFLOADING,
+    norm: Callable[[nn.Module], Tensor] = total_norm,
 ) -> Probe:
     """Measure losses, or gradients, at the grid of ``sampler``. Called on every rank.
 
@@ -100,7 +101,7 @@ def probe(
                     row = row_losses(noisy, forward_loss(model, loss, noisy)[1])
             losses[j, places.to(world.device), m] += row * real.to(world.device)
         if by_gradient:
-            second[j] += total_norm(model).double().cpu() ** 2 / (rows * masks)
+            second[j] += norm(model).double().cpu() ** 2 / (rows * masks)
             model.zero_grad(set_to_none=True)
     losses = world.sum(losses).double().cpu()
     g, v = pareto.moments(losses)

@@ -171,13 +171,14 @@ def backward(
     Gives its share of the global batch's loss, a scalar, and its row losses [R], both detached.
     """
     batch = batch.to(world.device)
-    # FSDP averages gradients over ranks; the loss is a sum over them.
-    weights = batch.targets.weights * (world.size / normalizer)
+    # Where gradients are averaged over ranks: the loss is a sum over them.
+    factor = world.size if world.averages else 1
+    weights = batch.targets.weights * (factor / normalizer)
     batch = batch._replace(targets=batch.targets._replace(weights=weights))
     with offloading:
         total, ce = forward_loss(model, loss, batch)
     total.backward()
-    return total.detach() / world.size, row_losses(batch, ce)
+    return total.detach() / factor, row_losses(batch, ce)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""The study: the paper's comparison on three tasks, rerun by one command."""

@@ -1,0 +1,131 @@
+"""The study, from its data to its report: `make study`.
+
+    python -m benchmarks.study                     # all that has not been run yet, then the report
+    python -m benchmarks.study --part              # one task, two methods, two seeds
+    python -m benchmarks.study --again 3           # stored runs chosen at random: the same numbers?
+    python -m benchmarks.study.report              # the report alone, from the stored runs
+
+Stop it at any time: the same command goes on where it was. Results are one JSON for each run in
+``results``; data, models and logs are in ``home``.
+"""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+from benchmarks.study.variance import measure_variance
+
+from benchmarks.study import report
+from benchmarks.study.methods import METHODS, SEEDS
+from benchmarks.study.runs import (
+    HERE,
+    PRETRAINED,
+    Run,
+    digest,
+    execute,
+    final,
+    in_parallel,
+    pretrain,
+    read,
+    tuning,
+)
+from benchmarks.study.tasks import SETTINGS, prepare
+
+STORED = HERE / "results"
+
+
+def run_all(
+    home: Path, results: Path, tasks: list[str], methods: list[str], given: argparse.Namespace
+) -> None:
+    """Data, pretrained models, tuning, runs: whatever is missing."""
+    prepare(home)
+    names = [
+        name
+        for name in PRETRAINED
+        if not (home / name / "model.safetensors").is_file()
+        and (name == "pretrained" or "autoregressive" in methods)
+    ]
+    in_parallel([(pretrain, (name, home)) for name in names], given.workers, "Pretraining")
+    for name in PRETRAINED:
+        if (file := home / name / "model.safetensors").is_file():
+            print(f"{name}: sha256 {digest(file)}")
+    for title, wanted in (
+        ("Tuning", lambda: tuning(tasks, methods)),
+        ("Study", lambda: final(results, tasks, methods, given.seeds)),
+    ):
+        missing = [run for run in wanted() if not run.file(results).is_file()]
+        in_parallel([(execute, (run, home, results)) for run in missing], given.workers, title)
+
+
+def run_part(home: Path, given: argparse.Namespace) -> None:
+    """Standard and P-POTS + MIRROR on one task with two seeds, beside the stored results."""
+    results = home / "part"
+    prepare(home)
+    if not (home / "pretrained" / "model.safetensors").is_file():
+        in_parallel([(pretrain, ("pretrained", home))], 1, "Pretraining")
+    runs = final(STORED, ["chain"], ["standard", "ppots_mirror"], 2)
+    missing = [run for run in runs if not run.file(results).is_file()]
+    in_parallel([(execute, (run, home, results)) for run in missing], given.workers, "Study")
+    print("task    method         seed   accuracy   stored")
+    for run in runs:
+        here, stored = read(run.file(results)), read(run.file(STORED))
+        then = f"{100 * stored['accuracy']:.1f} %" if stored else "-"
+        found = f"{100 * here['accuracy']:.1f} %" if here else "-"
+        print(f"{run.task:7} {run.method:14} {run.seed:<6} {found:10} {then}")
+
+
+def run_again(home: Path, given: argparse.Namespace) -> None:
+    """Some stored runs once more, by their stored task, method, seed and rate."""
+    results = home / "again"
+    files = sorted((STORED / "runs").rglob("*.json"))
+    chosen = random.sample(files, given.again)
+    stored = [json.loads(file.read_text()) for file in chosen]
+    runs = [Run(**{key: x[key] for key in Run._fields}) for x in stored]
+    for run in runs:
+        run.file(results).unlink(missing_ok=True)
+    in_parallel([(execute, (run, home, results)) for run in runs], given.workers, "Again")
+    different = 0
+    for before, run in zip(stored, runs, strict=True):
+        after = json.loads(run.file(results).read_text())
+        keys = ("accuracy", "correct", "nats_per_token", "curves", "config")
+        other = [key for key in keys if before[key] != after[key]]
+        different += bool(other)
+        verdict = f"DIFFERS in {', '.join(other)}" if other else "the same"
+        print(
+            f"{run.task} {run.method} seed {run.seed}: {100 * after['accuracy']:.1f} %, "
+            f"{after['nats_per_token']:.6f} nats: {verdict}"
+        )
+    raise SystemExit(different)
+
+
+def main() -> None:
+    """Run what is missing, and report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    place = os.environ.get("MDM_PLUGIN_HOME", "~/.cache/mdm_plugin")
+    parser.add_argument("--home", type=Path, default=Path(place) / "study")
+    parser.add_argument("--results", type=Path, default=STORED)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--part", action="store_true")
+    parser.add_argument("--again", type=int, metavar="N")
+    given = parser.parse_args()
+    home = given.home.expanduser().resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if given.part:
+        return run_part(home, given)
+    if given.again:
+        return run_again(home, given)
+    run_all(home, given.results.resolve(), given.tasks, given.methods, given)
+    measure_variance(home, given.results.resolve(), given.tasks)
+    report.write(given.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What the study compares: each method as overrides of configs/finetune.yaml, 600 steps of each."""
+
+from typing import NamedTuple
+
+STEPS = 1000
+
+
+class Method(NamedTuple):
+    """One line of the study's table.
+
+    label: as it is shown.
+    family: those that share a tuned learning rate.
+    rows, views: a step's rows, and forwards for each of them.
+    overrides: of the config.
+    """
+
+    label: str
+    family: str
+    rows: int
+    views: int
+    overrides: tuple[str, ...]
+
+
+def _of(rows: int) -> tuple[str, ...]:
+    """600 steps of so many rows out of 3,200 in each epoch."""
+    epoch = 3200 // rows
+    return (f"batch_size={rows}", f"epochs={STEPS // epoch}", f"max_steps_per_epoch={epoch}")
+
+
+def _sampler(name: str, *more: str) -> tuple[str, ...]:
+    return (f"timesteps._component_=mdm_plugin.timesteps.{name}", *more)
+
+
+def _mask(name: str) -> tuple[str, ...]:
+    return (f"masking._component_=mdm_plugin.masking.{name}",)
+
+
+_PARETO = _sampler("ParetoOptimal", "timesteps.grid=20")
+_EMA = ("ema._component_=mdm_plugin.training.EMA", "ema.decay=0.99")
+CAUSAL = (
+    "model.causal=True",
+    "loss.shift=True",
+    *_sampler("Uniform"),
+    *_mask("NextToken"),
+)
+
+METHODS = {
+    "standard": Method("Standard", "one view", 32, 1, ()),
+    "clipped": Method("Clipped", "one view", 32, 1, _sampler("Clipped")),
+    "ema": Method("EMA", "one view", 32, 1, _EMA),
+    "stratified": Method("Stratified (StraTS)", "one view", 32, 1, _sampler("Stratified")),
+    "systematic": Method("Systematic (SyRM)", "one view", 32, 1, _mask("Systematic")),
+    "adaptive": Method("Adaptive (ISAD)", "one view", 32, 1, _sampler("Adaptive")),
+    "ppots": Method("P-POTS", "one view", 32, 1, _PARETO),
+    "count": Method(
+        "FixedCount", "one view, counts", 32, 1, _sampler("Stratified") + _mask("FixedCount")
+    ),
+    "count_pareto": Method(
+        "P-POTS FixedCount", "one view, counts", 32, 1, _PARETO + _mask("FixedCount")
+    ),
+    "independent": Method("two independent masks", "two views", 32, 2, _mask("Independent")),
+    "mirror": Method("MIRROR", "two views", 32, 2, _mask("Mirror")),
+    "ppots_mirror": Method("P-POTS + MIRROR", "two views", 32, 2, _PARETO + _mask("Mirror")),
+    "complement_pareto": Method(
+        "P-POTS Complement", "two views, counts", 32, 2, _PARETO + _mask("Complement")
+    ),
+    "standard_64": Method("Standard, twice the rows", "two views", 64, 1, ()),
+    "count_pareto_64": Method(
+        "P-POTS FixedCount, twice the rows",
+        "two views, counts",
+        64,
+        1,
+        _PARETO + _mask("FixedCount"),
+    ),
+    "autoregressive": Method(
+        "autoregressive", "autoregressive", 32, 1, (*CAUSAL, "run_val_every_n_steps=null")
+    ),
+}
+# The learning rate of a family is tuned on one of its methods, and not on the seeds of the study.
+TUNED_ON = {
+    "one view": "standard",
+    "one view, counts": "count",
+    "two views": "mirror",
+    "two views, counts": "complement_pareto",
+    "autoregressive": "autoregressive",
+}
+RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+TUNING_SEEDS = (1, 2)
+SEEDS = (42, 731, 20231, 5, 77)
+
+
+def overrides(method: str) -> list[str]:
+    """Of configs/finetune.yaml, without seed and learning rate."""
+    return [*METHODS[method].overrides, *_of(METHODS[method].rows)]

@@ -1,0 +1,302 @@
+"""The study's runs: each is a fine-tuning by the recipe and an evaluation, kept as one small JSON.
+
+Processes come from a fork server that has imported the recipes, each with one thread.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from benchmarks.study.methods import (
+    CAUSAL,
+    METHODS,
+    RATES,
+    SEEDS,
+    TUNED_ON,
+    TUNING_SEEDS,
+    overrides,
+)
+
+HERE = Path(__file__).parent
+CONFIGS = HERE / "configs"
+PRETRAINED: dict[str, list[str]] = {"pretrained": [], "autoregressive": [*CAUSAL]}
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["benchmarks.study.runs", "mdm_full_finetune", "mdm_eval"])
+
+
+class Run(NamedTuple):
+    """A fine-tuning and its evaluation.
+
+    split: "val" to tune the learning rate, "test" for the study itself.
+    """
+
+    task: str
+    method: str
+    seed: int
+    rate: str
+    split: str = "test"
+
+    def file(self, results: Path) -> Path:
+        """Where its result is kept."""
+        if self.split == "val":
+            return results / "tuning" / self.task / f"{self.method}_{self.rate}_{self.seed}.json"
+        return results / "runs" / self.task / self.method / f"{self.seed}.json"
+
+
+def tuning(tasks: Iterable[str], methods: Iterable[str]) -> list[Run]:
+    """The runs that the learning rates are chosen by."""
+    families = dict.fromkeys(METHODS[m].family for m in methods)
+    return [
+        Run(task, TUNED_ON[family], seed, rate, "val")
+        for seed in TUNING_SEEDS
+        for rate in RATES
+        for task in tasks
+        for family in families
+    ]
+
+
+def best_rate(results: Path, task: str, family: str) -> str:
+    """That of the highest mean accuracy over the tuning seeds; of equal ones the lower rate."""
+    accuracy = {}
+    for rate in RATES:
+        found = [
+            read(Run(task, TUNED_ON[family], seed, rate, "val").file(results))
+            for seed in TUNING_SEEDS
+        ]
+        accuracy[rate] = sum(x["accuracy"] for x in found if x)
+    return max(RATES, key=lambda rate: accuracy[rate])
+
+
+def final(results: Path, tasks: Iterable[str], methods: Iterable[str], seeds: int) -> list[Run]:
+    """The runs of the study, the first seed of every method first."""
+    return [
+        Run(task, method, seed, best_rate(results, task, METHODS[method].family))
+        for seed in SEEDS[:seeds]
+        for method in methods
+        for task in tasks
+    ]
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """A stored result, if there is one."""
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def execute(run: Run, home: Path, results: Path) -> None:
+    """Fine-tune, evaluate, keep the result; called in a process of its own."""
+    start = time.time()
+    causal = "model.causal=True" in METHODS[run.method].overrides
+    work = home / "runs" / "_".join(map(str, run)).replace(" ", "_")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    with _output_to(work / "log.txt"):
+        name = "autoregressive" if causal else "pretrained"
+        given = [
+            *overrides(run.method),
+            f"seed={run.seed}",
+            f"optimizer.lr={run.rate}",
+            f"checkpointer.checkpoint_dir={home / name}",
+        ]
+        _recipe("mdm_full_finetune", CONFIGS / "finetune.yaml", home, run.task, work, given)
+        trained = time.time() - start
+        (checkpoint,) = work.glob("step_*")
+        weights = checkpoint / "ema" if (checkpoint / "ema").is_dir() else checkpoint
+        asked = [f"checkpoint={weights}", f"split={run.split}"]
+        if causal:  # left to right; its likelihood is no bound
+            asked += ["model.causal=True", "decoding.shift=True", "decoding.block_length=1"]
+            asked += ["tasks=[exact_match]", "dataset=null"]
+        _recipe("mdm_eval", CONFIGS / "evaluate.yaml", home, run.task, work / "eval", asked)
+        answers = sorted(
+            (json.loads(x) for x in (work / "eval" / "exact_match.0.jsonl").open()),
+            key=lambda x: x["index"],
+        )
+        measured = json.loads((work / "eval" / "results.json").read_text())["tasks"]
+        nats = autoregressive_nats(weights, home, run) if causal else None
+        found = {
+            **run._asdict(),
+            "accuracy": measured["exact_match"]["accuracy"],
+            "correct": "".join(str(int(x["correct"])) for x in answers),
+            "nats_per_token": nats or measured["nelbo"]["nats_per_token"],
+            "gradient_noise_scale": gradient_noise_scale(checkpoint),
+            "curves": curves(work / "tensorboard"),
+            "config": _config(checkpoint, home, work),
+            "pretrained_sha256": digest(home / name / "model.safetensors"),
+            "revision": _revision(),
+            "train_seconds": round(trained, 1),
+            "seconds": round(time.time() - start, 1),
+        }
+    file = run.file(results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found) + "\n")
+    part.rename(file)
+    shutil.rmtree(work)
+
+
+def pretrain(name: str, home: Path) -> None:
+    """``name``/model.safetensors in ``home``, by configs/pretrain.yaml."""
+    work = home / f"{name}_run"
+    home.mkdir(exist_ok=True)
+    with _output_to(home / f"{name}.log"):
+        _recipe("mdm_full_finetune", CONFIGS / "pretrain.yaml", home, None, work, PRETRAINED[name])
+        (weights,) = work.glob("step_*/model.safetensors")
+        (home / name).mkdir(exist_ok=True)
+        weights.rename(home / name / "model.safetensors")
+    shutil.rmtree(work)
+
+
+def autoregressive_nats(weights: Path, home: Path, run: Run) -> float:
+    """Nats per token of the answers, exact: a causal model has a likelihood."""
+    import torch
+
+    from mdm_plugin.data import chat_dataset
+    from mdm_plugin.data.batches import GlobalBatches
+    from mdm_plugin.loss import MDMLoss
+    from mdm_plugin.masking import NextToken
+    from mdm_plugin.training.config import instantiate, load_config
+    from mdm_plugin.training.options import Options
+    from mdm_plugin.training.step import corrupt, forward_loss
+    from mdm_plugin.training.weights import Weights
+
+    cfg = load_config(
+        str(CONFIGS / "finetune.yaml"),
+        [f"home={home}", f"task={run.task}", "output_dir=.", "model.causal=True"],
+        Options,
+    )
+    tokenizer, model = instantiate(cfg, "tokenizer"), instantiate(cfg, "model")
+    Weights(weights).load(model)
+    rows = chat_dataset(tokenizer, source=str(home / run.task / f"{run.split}.jsonl"))
+    batches = GlobalBatches(
+        rows, batch_size=len(rows), seed=0, pad_id=tokenizer.pad_id, shuffle=False
+    )
+    (batch,) = batches.micro_batches(0)
+    zero = torch.zeros(len(rows), dtype=torch.float64)
+    loss = MDMLoss(normalize="tokens", shift=True)
+    noisy = corrupt(batch, zero, zero + 1, NextToken(), loss, tokenizer.mask_id)
+    with torch.no_grad():
+        total, _ = forward_loss(model.eval(), loss, noisy)
+    return float(total / noisy.normalizer)
+
+
+def gradient_noise_scale(checkpoint: Path) -> float:
+    """tr(Σ) / |G|² in batches of this method: how many it takes until noise equals the gradient.
+
+    From Adam's moments m and v at the end (McCandlish et al. 2018 define the scale; this estimate of
+    it takes the gradient as stationary over the moments' memory): with β1 = 0.9, E Σm² = |G|² +
+    tr(Σ)·(1 − β1)/(1 + β1) and E Σv = |G|² + tr(Σ).
+    """
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    file = checkpoint.parent / "optimizer.pt"
+    dcp_to_torch_save(checkpoint / "optimizer", file)
+    state = torch.load(file, weights_only=True)
+    moments: dict[str, list[torch.Tensor]] = {"exp_avg": [], "exp_avg_sq": [], "step": []}
+
+    def collect(tree: Any) -> None:
+        for key, value in tree.items() if isinstance(tree, dict) else ():
+            last = str(key).rpartition(".")[2]
+            if last in moments and isinstance(value, torch.Tensor):
+                moments[last].append(value.double())
+            else:
+                collect(value)
+
+    collect(state)
+    steps = float(moments["step"][0])
+    first = sum(float((m / (1 - 0.9**steps)).square().sum()) for m in moments["exp_avg"])
+    second = sum(float((v / (1 - 0.98**steps)).sum()) for v in moments["exp_avg_sq"])
+    share = 0.1 / 1.9
+    noise = (second - first) / (1 - share)
+    return noise / max(second - noise, 1e-12 * second)
+
+
+def curves(directory: Path) -> dict[str, list[list[float]]]:
+    """[[step, value], …] of some of a run's TensorBoard scalars."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
+    events.Reload()
+    wanted = {"train/loss": 3, "train/grad_norm": 3, "val/nelbo_nats_per_token": 1}
+    found = {}
+    for tag in events.Tags()["tensors"]:
+        if tag in wanted:
+            points = events.Tensors(tag)[wanted[tag] - 1 :: wanted[tag]]
+            found[tag] = [
+                [x.step, float(f"{float(make_ndarray(x.tensor_proto)):.5g}")] for x in points
+            ]
+    return found
+
+
+def in_parallel(
+    jobs: list[tuple[Callable[..., None], tuple[Any, ...]]], workers: int, title: str
+) -> None:
+    """Call each job in a process of its own, ``workers`` at a time; the first failure is raised at
+    the end, when the others have been done."""
+    failed: list[BaseException] = []
+    with ProcessPoolExecutor(workers, mp_context=_context, max_tasks_per_child=1) as pool:
+        pending = [pool.submit(function, *given) for function, given in jobs]
+        for done in tqdm(as_completed(pending), total=len(jobs), desc=title, unit="run"):
+            if error := done.exception():
+                failed.append(error)
+                tqdm.write(f"failed: {error}")
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(jobs)} failed: see the logs")
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _recipe(
+    name: str, config: Path, home: Path, task: str | None, output: Path, given: list[str]
+) -> None:
+    """Run a recipe's own main, as ``tune run`` does."""
+    import torch
+
+    torch.set_num_threads(1)
+    where = [f"home={home}", f"output_dir={output}", *([f"task={task}"] if task else [])]
+    allowed = ["allow_components=[benchmarks.study]"]
+    sys.argv = [name, "--config", str(config), *where, *allowed, *given]
+    try:
+        __import__(name).main()
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{name} ended with {end.code}: see {output}") from end
+
+
+@contextlib.contextmanager
+def _output_to(file: Path) -> Iterator[None]:
+    """What this process prints goes to ``file``."""
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    yield
+    sys.stdout.flush()
+
+
+def _config(checkpoint: Path, home: Path, work: Path) -> str:
+    """The resolved config that the checkpoint holds, without this machine's paths."""
+    text = (checkpoint / "config.yaml").read_text()
+    return text.replace(str(work), "OUTPUT").replace(str(home), "HOME")
+
+
+def _revision() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+    )
+    return done.stdout.strip()

@@ -1,0 +1,204 @@
+"""torchtitan's Trainer for masked diffusion: what it refuses, and what it does besides."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchtitan.components.validate import BaseValidator, Validator
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from mdm_plugin.evaluation import nelbo
+from mdm_plugin.titan.data import MaskedLoader, MaskedTokenizer, at_length, component
+from mdm_plugin.titan.loss import MaskedLoss
+from mdm_plugin.training.distributed import World
+from mdm_plugin.training.probe import fit, probe, probe_due, write_fit
+
+
+class Denoiser(nn.Module):
+    """A model of torchtitan's, called as an ``MDMTransformer`` is: for the probe and the NELBO.
+
+    Every forward has the length that training has.
+    """
+
+    def __init__(self, model: nn.Module, loss: MaskedLoss, length: int) -> None:
+        super().__init__()
+        self.model, self.length = model, length
+        self.loss = loss
+
+    def forward(self, tokens: Tensor, *, mask: Any, positions: Tensor, head: Any, **_: Any) -> Any:
+        """As ``MDMTransformer.forward`` with ``positions`` and ``head``."""
+        tokens, place, positions = at_length(tokens, mask, positions, self.length)
+        hidden = self.model(tokens, positions=place)
+        return head(self.loss.head(), self.loss.picked(hidden, positions))
+
+
+class MaskedValidator(BaseValidator):
+    """The NELBO of a data set, by the recipe's estimator."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        dataset: str = "mdm_plugin.data.chat_dataset"
+        dataset_path: str | None = None
+        """Rows to validate on, as the loader's."""
+        draws: int = 8
+        """Forwards per row."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tokenizer: MaskedTokenizer,
+        loss_fn: MaskedLoss,
+        dp_rank: int,
+        dp_world_size: int,
+        parallel_dims: Any,
+        metrics_processor: Any,
+        seq_len: int,
+        local_batch_size: int,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.config: Any = config
+        self.loss, self.length, self.metrics = loss_fn, seq_len, metrics_processor
+        chat = type(tokenizer.chat)(tokenizer.path, max_seq_len=seq_len)
+        self.rows = component(
+            config.dataset, "validator.dataset", chat, source=config.dataset_path
+        )
+        group = parallel_dims.get_mesh("batch").get_group() if dp_world_size > 1 else None
+        self.arguments = {
+            "mask_id": chat.mask_id,
+            "pad_id": chat.pad_id,
+            "batch_size": local_batch_size,
+            "draws": config.draws,
+            "shift": loss_fn.mdm.shift,
+            "chunk_size": loss_fn.mdm.chunk_size,
+            "rank": dp_rank,
+            "ranks": dp_world_size,
+            "group": group,
+        }
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Log val/nelbo_nats_per_token; called on every rank."""
+        model = Denoiser(model_parts[0], self.loss, self.length)
+        device = next(model.parameters()).device
+        bound = nelbo(model, self.rows, device=device, **self.arguments)
+        self.metrics.logger.log({"val/nelbo_nats_per_token": bound.nats}, step)
+        logger.info(f"step {step}: val/nelbo_nats_per_token {bound.nats:.4f}")
+
+
+class MDMTrainer(Trainer):
+    """Trainer whose loader draws t and masks, whose loss is ours, and which fits P-POTS."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        tokenizer: MaskedTokenizer.Config = field(default_factory=MaskedTokenizer.Config)
+        dataloader: MaskedLoader.Config = field(default_factory=MaskedLoader.Config)
+        loss: MaskedLoss.Config = field(default_factory=MaskedLoss.Config)
+        validator: MaskedValidator.Config = field(default_factory=MaskedValidator.Config)
+
+        def __post_init__(self) -> None:
+            if reason := refusal(self):
+                raise ValueError(reason)
+            Trainer.Config.__post_init__(self)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        dims, self.loss_fn = self.parallel_dims, cast(MaskedLoss, self.loss_fn)
+        self.dataloader = loader = cast(MaskedLoader, self.dataloader)
+        group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
+        self.world = World(loader.rank, loader.ranks, self.device, None, group, averages=False)
+        micro_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        loader.begin(self.loss_fn.mdm, self.world, micro_batches)
+        self.loss_fn.vocab_size = size = cast(Any, self.model_config).vocab_size
+        if dims.tp_enabled:
+            self.loss_fn.tensor_parallel = dims.get_mesh("tp").get_group()
+        if loader.tokenizer.mask_id >= size:
+            raise ValueError(
+                f"{loader.tokenizer.mask_id} is the mask token of {config.hf_assets_path}, and the "
+                f"model {config.model_spec.flavor} has {size} tokens"
+            )
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """torchtitan's, with our targets in the place of its labels."""
+        targets = input_dict.pop("targets")
+        inputs, labels, more = super().post_dataloading_process(input_dict, labels)
+        return inputs, targets, more
+
+    def train_step(self, data_iterator: Any) -> None:
+        """torchtitan's, after a probe where one is due."""
+        if probe_due(self.dataloader.timesteps, self.step - 1):
+            self.fit_timesteps(self.step - 1)
+        super().train_step(data_iterator)
+        if self.metrics_processor.should_log(self.step):
+            weight = self.dataloader.importance
+            figures = {
+                "train/importance_weight_mean": float(weight.mean()),
+                "train/importance_weight_max": float(weight.max()),
+                "train/masked_fraction": self.dataloader.masked_fraction,
+            }
+            self.metrics_processor.logger.log(figures, self.step)
+
+    def fit_timesteps(self, step: int) -> None:
+        """P-POTS: probe the model, and fit the density of t to what it shows."""
+        loader = self.dataloader
+        measured = probe(
+            Denoiser(self.model_parts[0], self.loss_fn, self.config.training.seq_len),
+            loader.loss,
+            loader.timesteps,
+            loader.masking,
+            loader.batches,
+            loader.tokenizer.mask_id,
+            self.world,
+            step,
+            norm=lambda model: dist_utils.clip_grad_norm_(list(model.parameters()), math.inf),
+        )
+        report = fit(loader.timesteps, measured, self.world)
+        if torch.distributed.get_rank() == 0:
+            write_fit(report, Path(self.config.dump_folder) / f"timesteps_step_{step}.json")
+        logger.info(
+            f"step {step}: fitted the density of t to {measured.forwards} forwards, "
+            f"KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        timesteps = getattr(self.dataloader.timesteps, "state_dict", dict)()
+        return {**super().state_dict(), "timesteps": json.dumps(timesteps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if hasattr(self.dataloader.timesteps, "load_state_dict"):
+            self.dataloader.timesteps.load_state_dict(json.loads(state_dict["timesteps"]))
+
+
+def refusal(config: Trainer.Config) -> str | None:
+    """Why a config cannot be trained, in a line; None where it can."""
+    parallel = config.parallelism
+    pipelined = parallel.pipeline_parallel_degree > 1
+    checks = {
+        "parallelism.context_parallel_degree: a sequence split over ranks would split its masks' "
+        "targets, and torchtitan balances causal attention: use tensor parallelism for long "
+        "sequences": parallel.context_parallel_degree > 1,
+        "parallelism.expert_parallel_degree: the models here have no experts": (
+            parallel.expert_parallel_degree > 1
+        ),
+        "parallelism.spmd_backend full_dtensor: the loss takes local tensors: use spmd_types or "
+        "partial_dtensor": parallel.spmd_backend == "full_dtensor",
+        "training.disable_cuda_graphs: masks change the shapes of every step: set it": (
+            not config.training.disable_cuda_graphs
+        ),
+        "validator.enable: no rank of a pipeline has the whole model: evaluate checkpoints by "
+        "mdm_eval": pipelined and config.validator.enable,
+        "dataloader.timesteps: ParetoOptimal probes the whole model, which no rank of a pipeline "
+        "has: use Stratified with FixedCount": (
+            pipelined and "ParetoOptimal" in cast(Any, config.dataloader).timesteps
+        ),
+    }
+    return next((reason for reason, wrong in checks.items() if wrong), None)
