@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
 
-from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training import checks
 from mdm_plugin.training.config import instantiate, parse
 from mdm_plugin.training.data import global_batches
@@ -29,7 +28,7 @@ from mdm_plugin.training.metrics import StepMetrics, progress_bar
 from mdm_plugin.training.options import Options
 from mdm_plugin.training.plan import dry_run
 from mdm_plugin.training.probe import fit, keep_fit, probe, probe_due
-from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
+from mdm_plugin.training.step import backward, draw, global_normalizer, pack
 from mdm_plugin.training.validation import read_questions, validate
 
 
@@ -184,16 +183,11 @@ class MDMFinetune:
         # Under max_steps_per_epoch each epoch still begins with its own order of all rows.
         epoch, within = divmod(step, self.steps_per_epoch)
         place = epoch * self.batches.steps_per_epoch + within
-        t, importance = self.timesteps(self.batches.size, keyed_generator(cfg.seed, "t", place))
-        parts = (self.masking, self.loss, self.tokenizer.mask_id)
-        density = getattr(self.timesteps, "density", None)
-        micro_batches = [
-            corrupt(batch, t, importance, *parts, density)
-            for batch in self.batches.micro_batches(place)
-        ]
+        how = (self.timesteps, self.masking, self.loss, self.tokenizer.mask_id)
+        micro_batches, importance = draw(self.batches, place, *how)
         if cfg.batch_layout == "packed":
-            parts = (self.model, world.device, cfg.pad_to_multiple_of)
-            micro_batches = [pack(batch, *parts) for batch in micro_batches]
+            to = (self.model, world.device, cfg.pad_to_multiple_of)
+            micro_batches = [pack(batch, *to) for batch in micro_batches]
         normalizer = global_normalizer(micro_batches, world)
         results, grad_norm = [], None
         for batch in micro_batches:

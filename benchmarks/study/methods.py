@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-STEPS = 1000
+STEPS = 600
 
 
 class Method(NamedTuple):

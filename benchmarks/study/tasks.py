@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "legs": (
         "leg_counting",
-        {"min_animals": 2, "max_animals": 2, "min_instances": 1, "max_instances": 9},
+        {"min_animals": 2, "max_animals": 2, "min_instances": 1, "max_instances": 5},
     ),
     "sudoku": ("mini_sudoku", {"min_empty": 6, "max_empty": 8}),
 }
@@ -122,27 +122,34 @@ def _write_task(directory: Path, task: str) -> list[str]:
 
 
 def _pretraining() -> Iterator[str]:
-    """What the tasks are made of: running sums of any numbers, products and their sum, which animal
-    has how many legs, full grids. About a quarter of the tokens each."""
+    """What the tasks are made of, each by itself: sums, products, which animal has how many legs,
+    four to a text, none of which helps with another; and full grids."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     dice = random.Random(1)
     legs, grids = sorted(set(ANIMALS.values())), list(_grids())
-    for _ in range(8000):
-        total, lines = dice.randrange(-9, 28), []
-        for _ in range(3):
-            sign, value = dice.choice("+-"), dice.randrange(10)
-            new = total + value if sign == "+" else total - value
-            lines.append(f"{total} {sign} {value} = {new}")
-            total = new
-        yield "\n".join(lines)
-    for _ in range(8000):
-        (a, b), (c, d) = ((dice.randrange(1, 10), dice.choice(legs)) for _ in range(2))
-        yield f"{a} x {b} = {a * b}\n{c} x {d} = {c * d}\n{a * b} + {c * d} = {a * b + c * d}"
+    products = sorted({n * leg for n, leg in product(range(1, 6), legs)})
+
+    def small() -> str:
+        a, b, sign = dice.randrange(-18, 28), dice.randrange(10), dice.choice("+-")
+        return f"{a} {sign} {b} = {a + b if sign == '+' else a - b}"
+
+    def large() -> str:
+        a, b = dice.choice(products), dice.choice(products)
+        return f"{a} + {b} = {a + b}"
+
+    def multiplied() -> str:
+        n, leg = dice.randrange(1, 6), dice.choice(legs)
+        return f"{n} x {leg} = {n * leg}"
+
+    def animal() -> str:
+        name = dice.choice(sorted(ANIMALS))
+        return f"{name}s have {ANIMALS[name]} legs"
+
+    for kind, count in ((small, 12000), (large, 6000), (multiplied, 2000), (animal, 2000)):
+        for _ in range(count):
+            yield "\n".join(kind() for _ in range(4))
     for _ in range(4000):
-        named = dice.sample(sorted(ANIMALS), 3)
-        yield "\n".join(f"{animal}s have {ANIMALS[animal]} legs" for animal in named)
-    for _ in range(6000):
         yield dice.choice(grids)
 
 

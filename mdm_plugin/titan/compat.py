@@ -1,16 +1,17 @@
 """Between torchtitan 0.3.0 and what it runs on here.
 
-On machines without an accelerator a stand-in for the device module, for tests and demos alone:
-torchtitan asks it for names and memory figures that ``torch.cpu`` does not have. And one function
-that torchtitan takes from torch's nightly builds.
+Two functions that torchtitan takes from torch's nightly builds; and without an accelerator, for
+tests and demos alone, a stand-in for the device module, whose figures ``torch.cpu`` does not have.
 """
 
+import inspect
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 
 def apply() -> None:
@@ -19,8 +20,30 @@ def apply() -> None:
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
         dist.set_timeout = _set_pg_timeout  # type: ignore[attr-defined]
+    for schedule in (PipelineScheduleSingle, PipelineScheduleMulti):
+        if "arg_mbs" not in inspect.signature(schedule.step).parameters:
+            schedule.step = _step_of_microbatches  # type: ignore[method-assign, assignment]
     if not torch.accelerator.is_available():
         stand_in()
+
+
+def _step_of_microbatches(
+    self: Any,
+    *,
+    arg_mbs: Any = None,
+    kwarg_mbs: Any,
+    target_mbs: Any = None,
+    losses: Any = None,
+    loss_kwargs: Any = None,
+    return_outputs: bool = True,
+) -> None:
+    """A pipeline's step over micro-batches that have been made already."""
+    for stage in [self._stage] if isinstance(self, PipelineScheduleSingle) else self._stages:
+        stage.has_backward = True
+        stage.clear_runtime_states()
+    self._step_microbatches(
+        arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs=loss_kwargs
+    )
 
 
 def stand_in() -> None:
@@ -45,3 +68,16 @@ def stand_in() -> None:
         for name, value in (("device_type", "cpu"), ("device_module", torch.cpu)):
             if hasattr(module, name):
                 setattr(module, name, value)
+
+
+def parallelize(model: Any, **given: Any) -> Any:
+    """torchtitan's ``parallelize_llama``; gloo, of CPU ranks, cannot scale as it sums."""
+    from torch.distributed.fsdp import FSDPModule
+    from torchtitan.models.llama3 import parallelize_llama
+
+    model = parallelize_llama(model, **given)
+    if not torch.accelerator.is_available():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+    return model

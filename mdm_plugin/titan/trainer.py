@@ -13,8 +13,10 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation import nelbo
-from mdm_plugin.titan.data import MaskedLoader, MaskedTokenizer, at_length, component
+from mdm_plugin.models import ChatTokenizer
+from mdm_plugin.titan.data import MaskedLoader, at_length, read_rows
 from mdm_plugin.titan.loss import MaskedLoss
 from mdm_plugin.training.distributed import World
 from mdm_plugin.training.probe import fit, probe, probe_due, write_fit
@@ -28,8 +30,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, model: nn.Module, loss: MaskedLoss, length: int) -> None:
         super().__init__()
-        self.model, self.length = model, length
-        self.loss = loss
+        self.model, self.loss, self.length = model, loss, length
 
     def forward(self, tokens: Tensor, *, mask: Any, positions: Tensor, head: Any, **_: Any) -> Any:
         """As ``MDMTransformer.forward`` with ``positions`` and ``head``."""
@@ -49,47 +50,32 @@ class MaskedValidator(BaseValidator):
         draws: int = 8
         """Forwards per row."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        tokenizer: MaskedTokenizer,
-        loss_fn: MaskedLoss,
-        dp_rank: int,
-        dp_world_size: int,
-        parallel_dims: Any,
-        metrics_processor: Any,
-        seq_len: int,
-        local_batch_size: int,
-        **_: Any,
-    ) -> None:
+    def __init__(self, config: Config, **given: Any) -> None:
         super().__init__(config)
-        self.config: Any = config
-        self.loss, self.length, self.metrics = loss_fn, seq_len, metrics_processor
-        chat = type(tokenizer.chat)(tokenizer.path, max_seq_len=seq_len)
-        self.rows = component(
-            config.dataset, "validator.dataset", chat, source=config.dataset_path
-        )
-        group = parallel_dims.get_mesh("batch").get_group() if dp_world_size > 1 else None
+        self.loss, self.length = given["loss_fn"], given["seq_len"]
+        self.metrics, path = given["metrics_processor"], given["tokenizer"].tokenizer_path
+        chat = ChatTokenizer(path, max_seq_len=self.length)
+        self.rows = read_rows("validator", config, chat)
+        ranks = given["dp_world_size"]
         self.arguments = {
             "mask_id": chat.mask_id,
             "pad_id": chat.pad_id,
-            "batch_size": local_batch_size,
+            "batch_size": given["local_batch_size"],
             "draws": config.draws,
-            "shift": loss_fn.mdm.shift,
-            "chunk_size": loss_fn.mdm.chunk_size,
-            "rank": dp_rank,
-            "ranks": dp_world_size,
-            "group": group,
+            "shift": self.loss.mdm.shift,
+            "chunk_size": self.loss.mdm.chunk_size,
+            "rank": given["dp_rank"],
+            "ranks": ranks,
+            "group": given["parallel_dims"].get_mesh("batch").get_group() if ranks > 1 else None,
         }
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Log val/nelbo_nats_per_token; called on every rank."""
         model = Denoiser(model_parts[0], self.loss, self.length)
         device = next(model.parameters()).device
-        bound = nelbo(model, self.rows, device=device, **self.arguments)
-        self.metrics.logger.log({"val/nelbo_nats_per_token": bound.nats}, step)
-        logger.info(f"step {step}: val/nelbo_nats_per_token {bound.nats:.4f}")
+        nats = nelbo(model, self.rows, device=device, **self.arguments).nats
+        self.metrics.logger.log({"val/nelbo_nats_per_token": nats}, step)
+        logger.info(f"step {step}: val/nelbo_nats_per_token {nats:.4f}")
 
 
 class MDMTrainer(Trainer):
@@ -97,7 +83,6 @@ class MDMTrainer(Trainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
-        tokenizer: MaskedTokenizer.Config = field(default_factory=MaskedTokenizer.Config)
         dataloader: MaskedLoader.Config = field(default_factory=MaskedLoader.Config)
         loss: MaskedLoss.Config = field(default_factory=MaskedLoss.Config)
         validator: MaskedValidator.Config = field(default_factory=MaskedValidator.Config)
@@ -107,10 +92,12 @@ class MDMTrainer(Trainer):
                 raise ValueError(reason)
             Trainer.Config.__post_init__(self)
 
+    dataloader: MaskedLoader
+    loss_fn: MaskedLoss
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        dims, self.loss_fn = self.parallel_dims, cast(MaskedLoss, self.loss_fn)
-        self.dataloader = loader = cast(MaskedLoader, self.dataloader)
+        dims, loader = self.parallel_dims, self.dataloader
         group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
         self.world = World(loader.rank, loader.ranks, self.device, None, group, averages=False)
         micro_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
@@ -118,10 +105,9 @@ class MDMTrainer(Trainer):
         self.loss_fn.vocab_size = size = cast(Any, self.model_config).vocab_size
         if dims.tp_enabled:
             self.loss_fn.tensor_parallel = dims.get_mesh("tp").get_group()
-        if loader.tokenizer.mask_id >= size:
-            raise ValueError(
-                f"{loader.tokenizer.mask_id} is the mask token of {config.hf_assets_path}, and the "
-                f"model {config.model_spec.flavor} has {size} tokens"
+        if (mask := loader.tokenizer.mask_id) >= size:
+            raise UserError(
+                f"hf_assets_path: the mask token is {mask}; the model has {size} tokens"
             )
 
     def post_dataloading_process(
@@ -138,13 +124,7 @@ class MDMTrainer(Trainer):
             self.fit_timesteps(self.step - 1)
         super().train_step(data_iterator)
         if self.metrics_processor.should_log(self.step):
-            weight = self.dataloader.importance
-            figures = {
-                "train/importance_weight_mean": float(weight.mean()),
-                "train/importance_weight_max": float(weight.max()),
-                "train/masked_fraction": self.dataloader.masked_fraction,
-            }
-            self.metrics_processor.logger.log(figures, self.step)
+            self.metrics_processor.logger.log(self.dataloader.figures, self.step)
 
     def fit_timesteps(self, step: int) -> None:
         """P-POTS: probe the model, and fit the density of t to what it shows."""
@@ -169,7 +149,7 @@ class MDMTrainer(Trainer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        timesteps = getattr(self.dataloader.timesteps, "state_dict", dict)()
+        timesteps: dict[str, Any] = getattr(self.dataloader.timesteps, "state_dict", dict)()
         return {**super().state_dict(), "timesteps": json.dumps(timesteps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -178,27 +158,25 @@ class MDMTrainer(Trainer):
             self.dataloader.timesteps.load_state_dict(json.loads(state_dict["timesteps"]))
 
 
-def refusal(config: Trainer.Config) -> str | None:
+def refusal(config: Any) -> str | None:
     """Why a config cannot be trained, in a line; None where it can."""
-    parallel = config.parallelism
+    parallel, probes = config.parallelism, "ParetoOptimal" in config.dataloader.timesteps
     pipelined = parallel.pipeline_parallel_degree > 1
-    checks = {
-        "parallelism.context_parallel_degree: a sequence split over ranks would split its masks' "
-        "targets, and torchtitan balances causal attention: use tensor parallelism for long "
-        "sequences": parallel.context_parallel_degree > 1,
-        "parallelism.expert_parallel_degree: the models here have no experts": (
-            parallel.expert_parallel_degree > 1
-        ),
-        "parallelism.spmd_backend full_dtensor: the loss takes local tensors: use spmd_types or "
-        "partial_dtensor": parallel.spmd_backend == "full_dtensor",
-        "training.disable_cuda_graphs: masks change the shapes of every step: set it": (
-            not config.training.disable_cuda_graphs
-        ),
-        "validator.enable: no rank of a pipeline has the whole model: evaluate checkpoints by "
-        "mdm_eval": pipelined and config.validator.enable,
-        "dataloader.timesteps: ParetoOptimal probes the whole model, which no rank of a pipeline "
-        "has: use Stratified with FixedCount": (
-            pipelined and "ParetoOptimal" in cast(Any, config.dataloader).timesteps
-        ),
-    }
-    return next((reason for reason, wrong in checks.items() if wrong), None)
+    if parallel.context_parallel_degree > 1:
+        return (
+            "parallelism.context_parallel_degree: targets are places in whole sequences, and "
+            "torchtitan's balancing takes attention for causal: use tensor parallelism"
+        )
+    if parallel.expert_parallel_degree > 1:
+        return "parallelism.expert_parallel_degree: the models here have no experts"
+    if parallel.spmd_backend != "partial_dtensor":
+        return (
+            f"parallelism.spmd_backend: {parallel.spmd_backend} needs a newer FSDP2 than torch "
+            "2.13's: use partial_dtensor"
+        )
+    if not config.training.disable_cuda_graphs:
+        return "training.disable_cuda_graphs: shapes change with the masks of each step: set it"
+    if pipelined and (config.validator.enable or probes):
+        key = "validator.enable" if config.validator.enable else "dataloader.timesteps"
+        return f"{key}: no rank of a pipeline has the whole model, to probe or validate it"
+    return None

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from mdm_plugin.data.batches import Batch
+from mdm_plugin.data.batches import Batch, GlobalBatches
 from mdm_plugin.loss import MDMLoss, Targets
 from mdm_plugin.masking import Views
 from mdm_plugin.models.transformer import MDMTransformer, row_mask
+from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Density, count_weight
 from mdm_plugin.training.distributed import World
 
@@ -136,6 +137,22 @@ def corrupt(
         eligible=int(n.sum()),
         places=batch.places,
     )
+
+
+def draw(
+    batches: GlobalBatches,
+    step: int,
+    timesteps: TimestepSampler,
+    masking: Masking,
+    loss: MDMLoss,
+    mask_id: int,
+) -> tuple[list[Corrupted], Tensor]:
+    """This rank's micro-batches of a step with their masks drawn, and the importance weights of the
+    whole global batch: functions of (seed, step, place) alone."""
+    t, importance = timesteps(batches.size, keyed_generator(batches.seed, "t", step))
+    density = getattr(timesteps, "density", None)
+    own = batches.micro_batches(step)
+    return [corrupt(x, t, importance, masking, loss, mask_id, density) for x in own], importance
 
 
 def global_normalizer(micro_batches: Sequence[Corrupted], world: World) -> Tensor:

@@ -63,7 +63,6 @@ def validate(
     """
     was_training = model.training
     model.eval()
-    ids = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
     result = nelbo(
         model,
         rows,
@@ -73,7 +72,8 @@ def validate(
         shift=shift,
         rank=world.rank,
         ranks=world.size,
-        **ids,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
     )
     figures = {"val/nelbo_nats_per_token": result.nats}
     if questions:

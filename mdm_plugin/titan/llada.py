@@ -1,36 +1,145 @@
-"""Configs for ``torchtitan.train --module mdm_plugin.titan.llada --config NAME``.
+"""LLaDA for ``torchtitan.train --module mdm_plugin.titan.llada --config NAME``.
 
-Each is a function that gives a config; options of the command line change it, as in torchtitan:
+Each config is a function; options of the command line change it, as in torchtitan:
 ``--dataloader.masking mdm_plugin.masking.Mirror --training.steps 100``.
 """
 
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.quantization import Float8LinearConverter, MXFP8LinearConverter
-from torchtitan.config import CompileConfig, TrainingConfig
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.models import llama3
+from torchtitan.models.common import CosSinRoPE, Embedding, Linear
+from torchtitan.models.utils import validate_converter_order
 from torchtitan.protocols.model import ModelConfigConverter
+from torchtitan.protocols.model_spec import ModelSpec
 
-from mdm_plugin.titan.debug import attention_backend, quickstart_data
+from mdm_plugin.models.llada import LLADA_8B
+from mdm_plugin.quickstart import prepare_data
+from mdm_plugin.titan.compat import parallelize
 from mdm_plugin.titan.data import MaskedLoader
-from mdm_plugin.titan.llada import model_registry
 from mdm_plugin.titan.loss import MaskedLoss
+from mdm_plugin.titan.model import HuggingFaceNames, MaskedDecoder, MaskedSDPA
 from mdm_plugin.titan.trainer import MaskedValidator, MDMTrainer
 
 PARETO = 'mdm_plugin.timesteps.ParetoOptimal={"grid": 20}'
 COUNTS = "mdm_plugin.masking.FixedCount"
+PACKED_TEXT = 'mdm_plugin.data.text_dataset={"packed": true}'
+
+FLAVORS: dict[str, dict[str, Any]] = {
+    "debugmodel": {  # the quickstart's
+        "vocab_size": 320,
+        "num_layers": 3,
+        "num_heads": 4,
+        "embed_dim": 64,
+        "intermediate_dim": 256,
+    },
+    "1B": {
+        "vocab_size": 126_464,
+        "num_layers": 22,
+        "num_heads": 32,
+        "num_kv_heads": 4,
+        "embed_dim": 2048,
+        "intermediate_dim": 5632,
+    },
+    "8B": LLADA_8B,
+}
+
+
+def model_registry(
+    flavor: str, converters: list[ModelConfigConverter.Config] | None = None
+) -> ModelSpec:
+    """A flavor: debugmodel, 1B or 8B; converters as of ``mdm_plugin.titan.model``."""
+    return model_spec("llada", flavor, converters, **FLAVORS[flavor])
+
+
+def model_spec(
+    family: str,
+    flavor: str,
+    converters: list[ModelConfigConverter.Config] | None = None,
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    num_kv_heads: int | None = None,
+    norm_eps: float = 1e-5,
+    rope_base: float = 500_000.0,
+    qkv_bias: bool = False,
+) -> ModelSpec:
+    """A ModelSpec of the arguments that ``mdm_plugin.models`` takes for the same shape.
+
+    family: model_type of its Hugging Face checkpoints. converters: torchtitan's own: float8, MXFP8.
+    """
+    head_dim = embed_dim // num_heads
+    layers = llama3._build_llama3_layers(
+        n_layers=num_layers,
+        dim=embed_dim,
+        n_heads=num_heads,
+        n_kv_heads=num_kv_heads or num_heads,
+        hidden_dim=intermediate_dim,
+        rope=CosSinRoPE.Config(dim=head_dim, max_seq_len=1 << 17, theta=rope_base),
+        fuse_qkv=False,
+        attn_backend="flex",
+    )
+    for layer in layers:
+        layer.attention_norm.eps = layer.ffn_norm.eps = norm_eps
+        layer.attention.qkv_linear.wq.bias = layer.attention.qkv_linear.wkv.bias = qkv_bias
+        if not torch.cuda.is_available():
+            layer.attention.inner_attention = MaskedSDPA.Config()
+    table = {"weight": partial(nn.init.normal_, std=0.02)}
+    config: Any = MaskedDecoder.Config(
+        dim=embed_dim,
+        vocab_size=vocab_size,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=vocab_size, embedding_dim=embed_dim, param_init=table
+        ),
+        norm=replace(layers[0].ffn_norm),
+        lm_head=Linear.Config(in_features=embed_dim, out_features=vocab_size, param_init=table),
+        layers=layers,
+    )
+    validate_converter_order(converters or [])
+    for converter in converters or []:
+        config = converter.build().convert(config)
+    return ModelSpec(
+        name=family,
+        flavor=flavor,
+        model=config,
+        parallelize_fn=parallelize,
+        pipelining_fn=pipeline_llm,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=partial(HuggingFaceNames, family),
+    )
+
+
+def quickstart_data() -> Path:
+    """The quickstart's directory, with its data and tokenizer made if missing."""
+    home = Path(os.environ.get("MDM_PLUGIN_HOME", "~/.cache/mdm_plugin")).expanduser()
+    prepare_data(str(home / "quickstart"))
+    return home / "quickstart"
 
 
 def llada_debugmodel() -> MDMTrainer.Config:
     """The quickstart's model, pretrained on its text: a minute on a CPU."""
     home = quickstart_data()
     return MDMTrainer.Config(
-        model_spec=model_registry("debugmodel", attention_backend()),
+        model_spec=model_registry("debugmodel"),
         hf_assets_path=str(home),
         loss=MaskedLoss.Config(normalize="tokens"),
         dataloader=MaskedLoader.Config(
-            dataset='mdm_plugin.data.text_dataset={"packed": true}',
+            dataset=PACKED_TEXT,
             dataset_path=str(home / "pretrain.jsonl"),
             train_eos_padding=False,
         ),
@@ -42,13 +151,12 @@ def llada_debugmodel() -> MDMTrainer.Config:
             seq_len=64,
             steps=50,
             max_norm=1.0,
-            mixed_precision_param=_precision(),
+            mixed_precision_param="bfloat16" if torch.cuda.is_available() else "float32",
             disable_cuda_graphs=True,
         ),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
         metrics=MetricsProcessor.Config(log_freq=5, enable_tensorboard=True),
-        checkpoint=CheckpointManager.Config(
-            enable=True, interval=25, last_save_model_only=False
-        ),
+        checkpoint=CheckpointManager.Config(enable=True, interval=25, last_save_model_only=False),
         activation_checkpoint=FullAC.Config(),
     )
 
@@ -78,11 +186,11 @@ def llada_1b() -> MDMTrainer.Config:
 def llada_8b(converters: list[ModelConfigConverter.Config] | None = None) -> MDMTrainer.Config:
     """Pretraining of 8B at 4,096 tokens; name --dataloader.dataset_path and --hf_assets_path."""
     return MDMTrainer.Config(
-        model_spec=model_registry("8B", converters=converters),
+        model_spec=model_registry("8B", converters),
         hf_assets_path="./assets/hf/LLaDA-8B-Base",
         loss=MaskedLoss.Config(normalize="tokens", chunk_size=2048),
         dataloader=MaskedLoader.Config(
-            dataset='mdm_plugin.data.text_dataset={"packed": true}',
+            dataset=PACKED_TEXT,
             masking=COUNTS,
             train_eos_padding=False,
         ),
@@ -93,6 +201,7 @@ def llada_8b(converters: list[ModelConfigConverter.Config] | None = None) -> MDM
         training=TrainingConfig(
             local_batch_size=2, seq_len=4096, steps=100_000, disable_cuda_graphs=True
         ),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
         metrics=MetricsProcessor.Config(enable_tensorboard=True),
         checkpoint=CheckpointManager.Config(
             enable=True, interval=500, async_mode="async_with_pinned_mem"
@@ -124,7 +233,3 @@ def llada_8b_float8() -> MDMTrainer.Config:
 def llada_8b_mxfp8() -> MDMTrainer.Config:
     """``llada_8b`` with the layers' products in MXFP8 (Blackwell and newer)."""
     return llada_8b([MXFP8LinearConverter.Config(model_compile_enabled=True)])
-
-
-def _precision() -> str:
-    return "float32" if attention_backend() == "sdpa" else "bfloat16"
