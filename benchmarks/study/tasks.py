@@ -16,7 +16,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from itertools import permutations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ def prepare(home: Path) -> None:
     texts = []
     for task in SETTINGS:
         texts += _write_task(home / task, task)
-    pretraining = list(_pretraining())
-    random.Random(0).shuffle(pretraining)
-    lines = (json.dumps({"text": text}) for text in pretraining)
-    (home / "pretrain.jsonl").write_text("\n".join(lines) + "\n")
-    write_tokenizer(home, texts + pretraining, VOCABULARY)
+    lessons = list(_lessons())
+    random.Random(0).shuffle(lessons)
+    (home / "pretrain.jsonl").write_text("".join(_line(*lesson) for lesson in lessons))
+    texts += [text for lesson in lessons for text in lesson]
+    write_tokenizer(home, texts, VOCABULARY)
 
 
 def _write_task(directory: Path, task: str) -> list[str]:
@@ -110,59 +110,58 @@ def _write_task(directory: Path, task: str) -> list[str]:
             if question in seen:
                 continue
             seen.add(question)
-            turns = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-            lines.append(json.dumps({"messages": turns, "entry": entry}))
+            lines.append(_line(question, answer, entry=entry))
             if split == "train":
                 texts += [question, answer]
-        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        (directory / f"{split}.jsonl").write_text("".join(lines))
     return texts
 
 
-def _pretraining() -> Iterator[str]:
-    """What the tasks are made of, each by itself: sums, products, which animal has how many legs,
-    four to a text, none of which helps with another; and full grids."""
+def _line(question: str, answer: str, **more: Any) -> str:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": turns, **more}) + "\n"
+
+
+def _lessons() -> Iterator[tuple[str, str]]:
+    """What the tasks are made of, three at a time, none of which helps with another: sums, products,
+    how many legs an animal has, and rows of a grid with one cell empty."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     dice = random.Random(1)
-    legs, grids = sorted(set(ANIMALS.values())), list(_grids())
+    legs = sorted(set(ANIMALS.values()))
     products = sorted({n * leg for n, leg in product(range(1, 6), legs)})
 
-    def small() -> str:
+    def small() -> tuple[str, str]:
         a, b, sign = dice.randrange(-18, 28), dice.randrange(10), dice.choice("+-")
-        return f"{a} {sign} {b} = {a + b if sign == '+' else a - b}"
+        return f"{a} {sign} {b}", f"{a} {sign} {b} = {a + b if sign == '+' else a - b}"
 
-    def large() -> str:
+    def large() -> tuple[str, str]:
         a, b = dice.choice(products), dice.choice(products)
-        return f"{a} + {b} = {a + b}"
+        return f"{a} + {b}", f"{a} + {b} = {a + b}"
 
-    def multiplied() -> str:
+    def multiplied() -> tuple[str, str]:
         n, leg = dice.randrange(1, 6), dice.choice(legs)
-        return f"{n} x {leg} = {n * leg}"
+        return f"{n} x {leg}", f"{n} x {leg} = {n * leg}"
 
-    def animal() -> str:
+    def animal() -> tuple[str, str]:
         name = dice.choice(sorted(ANIMALS))
-        return f"{name}s have {ANIMALS[name]} legs"
+        return f"{name}s", f"{name}s have {ANIMALS[name]} legs"
 
-    for kind, count in ((small, 12000), (large, 6000), (multiplied, 2000), (animal, 2000)):
+    def row() -> tuple[str, str]:
+        cells, empty = dice.sample("1234", 4), dice.randrange(4)
+        given = ["_" if i == empty else cell for i, cell in enumerate(cells)]
+        return " ".join(given), " ".join(cells)
+
+    for kind, count in (
+        (small, 9000),
+        (large, 7000),
+        (multiplied, 3000),
+        (animal, 3000),
+        (row, 3000),
+    ):
         for _ in range(count):
-            yield "\n".join(kind() for _ in range(4))
-    for _ in range(4000):
-        yield dice.choice(grids)
-
-
-def _grids() -> Iterator[str]:
-    """The 288 grids with 1 to 4 in each row, column and quarter."""
-    rows = list(permutations("1234"))
-    for grid in product(rows, repeat=4):
-        columns = zip(*grid, strict=True)
-        quarters = (
-            {grid[i][j] for i in (r, r + 1) for j in (c, c + 1)} for r in (0, 2) for c in (0, 2)
-        )
-        if all(len(set(x)) == 4 for x in columns) and all(len(x) == 4 for x in quarters):
-            yield "\n".join(" ".join(row) for row in grid)
+            asked, answered = zip(*(kind() for _ in range(3)), strict=True)
+            yield "\n".join(asked), "\n".join(answered)
 
 
 @cache

@@ -27,23 +27,12 @@ def apply() -> None:
         stand_in()
 
 
-def _step_of_microbatches(
-    self: Any,
-    *,
-    arg_mbs: Any = None,
-    kwarg_mbs: Any,
-    target_mbs: Any = None,
-    losses: Any = None,
-    loss_kwargs: Any = None,
-    return_outputs: bool = True,
-) -> None:
-    """A pipeline's step over micro-batches that have been made already."""
+def _step_of_microbatches(self: Any, **given: Any) -> None:
+    """A pipeline's step over micro-batches that have been made already: arg_mbs, kwarg_mbs, …"""
     for stage in [self._stage] if isinstance(self, PipelineScheduleSingle) else self._stages:
         stage.has_backward = True
         stage.clear_runtime_states()
-    self._step_microbatches(
-        arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs=loss_kwargs
-    )
+    self._step_microbatches(**given)
 
 
 def stand_in() -> None:

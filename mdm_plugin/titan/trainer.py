@@ -23,10 +23,7 @@ from mdm_plugin.training.probe import fit, probe, probe_due, write_fit
 
 
 class Denoiser(nn.Module):
-    """A model of torchtitan's, called as an ``MDMTransformer`` is: for the probe and the NELBO.
-
-    Every forward has the length that training has.
-    """
+    """torchtitan's model called as an ``MDMTransformer`` is, at the length that training has."""
 
     def __init__(self, model: nn.Module, loss: MaskedLoss, length: int) -> None:
         super().__init__()
@@ -129,12 +126,10 @@ class MDMTrainer(Trainer):
     def fit_timesteps(self, step: int) -> None:
         """P-POTS: probe the model, and fit the density of t to what it shows."""
         loader = self.dataloader
+        parts = (loader.loss, loader.timesteps, loader.masking, loader.batches)
         measured = probe(
-            Denoiser(self.model_parts[0], self.loss_fn, self.config.training.seq_len),
-            loader.loss,
-            loader.timesteps,
-            loader.masking,
-            loader.batches,
+            Denoiser(self.model_parts[0], self.loss_fn, loader.length),
+            *parts,
             loader.tokenizer.mask_id,
             self.world,
             step,

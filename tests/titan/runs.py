@@ -1,0 +1,59 @@
+"""Several runs of torchtitan in one process each rank: torchrun … -m tests.titan.runs SPEC.json.
+
+SPEC.json: [{"module", "config", "arguments", "lr", "out"}, …]. Rank r writes out/rank_r.json: the
+loss and the gradient's norm of each step, what was logged besides, or the error that it ended with.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def train(run: dict) -> dict:
+    module = importlib.import_module(run.get("module", "mdm_plugin.titan.llada"))
+    from torchtitan.components.optimizer import default_adamw
+    from torchtitan.config import ConfigManager
+
+    steps, logged, printed = [], {}, io.StringIO()
+    try:
+        arguments = ["--module", module.__name__, "--config", run["config"], *run["arguments"]]
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            config = ConfigManager().parse_args([*arguments, "--dump_folder", run["out"]])
+        if run.get("lr") is not None:
+            config.optimizer = default_adamw(lr=run["lr"])
+        trainer = config.build()
+        processor = trainer.metrics_processor
+        log, more = processor.log, processor.logger.log
+        processor.log = lambda step, loss, most, norm, **kw: (
+            steps.append((loss, norm)),
+            log(step, loss, most, norm, **kw),
+        )
+        processor.logger.log = lambda figures, step: (
+            [logged.setdefault(k, []).append(v) for k, v in figures.items()],
+            more(figures, step),
+        )
+        trainer.train()
+        trainer.close()
+    except (Exception, SystemExit) as error:
+        return {"error": f"{error} {printed.getvalue()}"}
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    mine = {k: v for k, v in logged.items() if k.startswith(("train/", "val/"))}
+    return {"steps": steps, "logged": mine}
+
+
+if __name__ == "__main__":
+    for run in json.loads(Path(sys.argv[1]).read_text()):
+        # A store of its own for each: torchrun's serves one process group.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_PORT"] = str(run["port"])
+        out = Path(run["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(train(run)))
