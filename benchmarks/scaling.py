@@ -146,8 +146,8 @@ def step(
 
 def fsdp_bytes(shape: Shape, layout: Layout, itemsize: int = 2) -> float:
     """What a rank receives in a step's all-gathers, in the compute dtype, forward and backward, and
-    sends in its reduce-scatters, in fp32. The head, the last norm and the embeddings' own layers are
-    gathered once: nothing runs between their forward and their backward."""
+    sends in its reduce-scatters, in fp32. The head is gathered once: nothing runs between its
+    forward and its backward."""
     split = layout.tensor * layout.pipeline
     share = (layout.shard - 1) / layout.shard
     layers = shape.layers * shape.layer / split
@@ -166,8 +166,8 @@ def tensor_bytes(shape: Shape, layout: Layout, tokens: float, itemsize: int = 2)
 
 
 def memory(shape: Shape, layout: Layout, length: int, logits: bool = False) -> float:
-    """Bytes of a rank: weights, gradients and moments in fp32; two layers gathered in bf16 and one's
-    gradient in fp32; inputs of the layers that are checkpointed, and one layer's activations. With
+    """Bytes of a rank: weights, gradients and moments in fp32; two layers gathered in bf16, and the
+    gradient of one in fp32; inputs of the checkpointed layers, and one layer's activations. With
     ``logits``, those of all tokens too, in bf16 and fp32, with their gradient: as torchtitan had
     them in 2024."""
     split = layout.tensor * layout.pipeline
@@ -195,7 +195,7 @@ def fitted(machine: Machine = H100) -> Machine:
     return machine._replace(efficiency=low)
 
 
-# torchtitan's benchmarks/llama3_h100_202412_torchtitan.md: name, shape, layout, tokens/s and GPU, GiB.
+# torchtitan's benchmarks/llama3_h100_202412_torchtitan.md, at 8,192 tokens: tokens/s/GPU and GiB.
 PUBLISHED = [
     ("8B, 8 GPUs (fitted)", LLAMA_8B, Layout(8, rows=2, recompute=0.15), 6667, 77.0),
     ("8B, 128 GPUs", LLAMA_8B, Layout(128, rows=2, recompute=0.15), 6514, 62.0),
@@ -321,7 +321,7 @@ def counted(degree: str) -> float:
 
 
 def count(file: Path, arguments: list[str]) -> None:
-    """Train by torchtitan's config and write the bytes of the last step's collectives; each rank."""
+    """Train the debug model and write the bytes of the last step's collectives; on each rank."""
     import torch.distributed as dist
     from torch.utils._python_dispatch import TorchDispatchMode
     from torchtitan.config import ConfigManager

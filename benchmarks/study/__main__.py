@@ -15,14 +15,13 @@ import os
 import random
 from pathlib import Path
 
-from benchmarks.study.variance import measure_variance
-
 from benchmarks.study import report
 from benchmarks.study.methods import METHODS, SEEDS
 from benchmarks.study.runs import (
     HERE,
     PRETRAINED,
     Run,
+    best_rate,
     digest,
     execute,
     final,
@@ -30,6 +29,7 @@ from benchmarks.study.runs import (
     pretrain,
     read,
     tuning,
+    variance,
 )
 from benchmarks.study.tasks import SETTINGS, prepare
 
@@ -57,6 +57,13 @@ def run_all(
     ):
         missing = [run for run in wanted() if not run.file(results).is_file()]
         in_parallel([(execute, (run, home, results)) for run in missing], given.workers, title)
+        if title == "Tuning":
+            jobs = [
+                (variance, (task, best_rate(results, task, "one view"), home, results))
+                for task in tasks
+                if not (results / "variance" / f"{task}.json").is_file()
+            ]
+            in_parallel(jobs, given.workers, "Variances")
 
 
 def run_part(home: Path, given: argparse.Namespace) -> None:
@@ -122,8 +129,7 @@ def main() -> None:
         return run_part(home, given)
     if given.again:
         return run_again(home, given)
-    run_all(home, given.results.resolve(), given.tasks, given.methods, given)
-    measure_variance(home, given.results.resolve(), given.tasks)
+    run_all(home, given.results.resolve(), given)
     report.write(given.results)
 
 

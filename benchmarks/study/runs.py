@@ -24,6 +24,7 @@ from benchmarks.study.methods import (
     METHODS,
     RATES,
     SEEDS,
+    STEPS,
     TUNED_ON,
     TUNING_SEEDS,
     overrides,
@@ -33,7 +34,9 @@ HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
 PRETRAINED: dict[str, list[str]] = {"pretrained": [], "autoregressive": [*CAUSAL]}
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["benchmarks.study.runs", "mdm_full_finetune", "mdm_eval"])
+_context.set_forkserver_preload(
+    ["benchmarks.study.runs", "mdm_full_finetune", "mdm_eval", "mdm_variance"]
+)
 
 
 class Run(NamedTuple):
@@ -145,6 +148,28 @@ def execute(run: Run, home: Path, results: Path) -> None:
     shutil.rmtree(work)
 
 
+def variance(task: str, rate: str, home: Path, results: Path) -> None:
+    """The variance of each method's gradient, of equal rows, on a model that Standard has trained
+    for half of its steps with a tuning seed."""
+    work = home / "runs" / f"variance_{task}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    with _output_to(work / "log.txt"):
+        given = [*overrides("standard"), f"seed={TUNING_SEEDS[0]}", f"optimizer.lr={rate}"]
+        given += [f"save_every_n_steps={STEPS // 2}", "run_val_every_n_steps=null"]
+        given += ["keep_last_n=2"]
+        _recipe("mdm_full_finetune", CONFIGS / "finetune.yaml", home, task, work, given)
+        checkpoint = f"checkpoint={work / f'step_{STEPS // 2}'}"
+        config = CONFIGS / "variance.yaml"
+        _recipe("mdm_variance", config, home, task, work / "variance", [checkpoint])
+        found = json.loads((work / "variance" / "variance.json").read_text())
+    kept = {x["name"]: x["gradient_ratio"]["equal_rows"] for x in found["estimators"]}
+    file = results / "variance" / f"{task}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"rate": rate, "equal_rows": kept}, indent=1) + "\n")
+    shutil.rmtree(work)
+
+
 def pretrain(name: str, home: Path) -> None:
     """``name``/model.safetensors in ``home``, by configs/pretrain.yaml."""
     work = home / f"{name}_run"
@@ -190,12 +215,13 @@ def autoregressive_nats(weights: Path, home: Path, run: Run) -> float:
     return float(total / noisy.normalizer)
 
 
-def gradient_noise_scale(checkpoint: Path) -> float:
+def gradient_noise_scale(checkpoint: Path) -> float | None:
     """tr(Σ) / |G|² in batches of this method: how many it takes until noise equals the gradient.
 
-    From Adam's moments m and v at the end (McCandlish et al. 2018 define the scale; this estimate of
-    it takes the gradient as stationary over the moments' memory): with β1 = 0.9, E Σm² = |G|² +
-    tr(Σ)·(1 − β1)/(1 + β1) and E Σv = |G|² + tr(Σ).
+    From Adam's moments m and v at the end (McCandlish et al. 2018 define the scale; the gradient is
+    taken for stationary over the moments' memory here): with β1 = 0.9, E Σm² = |G|² +
+    tr(Σ)·(1 − β1)/(1 + β1) and E Σv = |G|² + tr(Σ). None where the moments' own noise leaves no
+    |G|² to be seen.
     """
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -219,7 +245,8 @@ def gradient_noise_scale(checkpoint: Path) -> float:
     second = sum(float((v / (1 - 0.98**steps)).sum()) for v in moments["exp_avg_sq"])
     share = 0.1 / 1.9
     noise = (second - first) / (1 - share)
-    return noise / max(second - noise, 1e-12 * second)
+    signal = second - noise
+    return float(f"{noise / signal:.4g}") if signal > 0.001 * second else None
 
 
 def curves(directory: Path) -> dict[str, list[list[float]]]:

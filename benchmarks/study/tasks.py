@@ -123,7 +123,7 @@ def _line(question: str, answer: str, **more: Any) -> str:
 
 
 def _lessons() -> Iterator[tuple[str, str]]:
-    """What the tasks are made of, three at a time, none of which helps with another: sums, products,
+    """What the tasks are made of, three at a time, none helping with another: sums, products,
     how many legs an animal has, and rows of a grid with one cell empty."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 

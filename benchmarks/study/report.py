@@ -1,0 +1,333 @@
+"""The study's report, from the stored runs alone: `python -m benchmarks.study.report`.
+
+Writes docs/study.md between its markers, and docs/study_*.png; the same runs give the same bytes.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from benchmarks.study.methods import METHODS, RATES, TUNED_ON, TUNING_SEEDS
+from benchmarks.study.tasks import SETTINGS
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+MARKERS = ("<!-- from the stored runs: begin -->", "<!-- from the stored runs: end -->")
+OURS = ("count", "count_pareto", "complement_pareto")
+
+
+class Runs(NamedTuple):
+    """The runs of a method on a task, by seed."""
+
+    task: str
+    method: str
+    by_seed: dict[int, dict[str, Any]]
+
+    @property
+    def accuracy(self) -> list[float]:
+        """In percent, by seed."""
+        return [100 * self.by_seed[seed]["accuracy"] for seed in sorted(self.by_seed)]
+
+
+def load(results: Path) -> dict[tuple[str, str], Runs]:
+    """All stored runs by (task, method)."""
+    found = {}
+    for task in SETTINGS:
+        for method in METHODS:
+            files = sorted((results / "runs" / task / method).glob("*.json"))
+            by_seed = {int(file.stem): json.loads(file.read_text()) for file in files}
+            if by_seed:
+                found[task, method] = Runs(task, method, by_seed)
+    return found
+
+
+def paired(a: Runs, b: Runs, dice: random.Random, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean of b − a in points over common seeds, and its 95 % interval: a bootstrap over seeds and
+    test rows."""
+    seeds = sorted(set(a.by_seed) & set(b.by_seed))
+    differences = [
+        [
+            int(y) - int(x)
+            for x, y in zip(a.by_seed[s]["correct"], b.by_seed[s]["correct"], strict=True)
+        ]
+        for s in seeds
+    ]
+    rows = len(differences[0])
+    found = []
+    for _ in range(draws):
+        chosen = [dice.randrange(len(seeds)) for _ in seeds]
+        where = [dice.randrange(rows) for _ in range(rows)]
+        found.append(mean(sum(differences[s][r] for r in where) / rows for s in chosen))
+    found.sort()
+    low, high = found[int(0.025 * draws)], found[int(0.975 * draws)]
+    return 100 * mean(sum(d) / rows for d in differences), 100 * low, 100 * high
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Two-sided p-value of the exact sign-flip test that the mean is 0."""
+    n, observed = len(differences), abs(sum(differences))
+    count = sum(
+        abs(sum(d if bits >> i & 1 else -d for i, d in enumerate(differences))) >= observed - 1e-9
+        for bits in range(2**n)
+    )
+    return count / 2**n
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """p-values corrected for their number (Holm 1979)."""
+    corrected, largest = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda x: x[1])):
+        largest = max(largest, min(1.0, p * (len(p_values) - rank)))
+        corrected[name] = largest
+    return corrected
+
+
+def table_of_accuracy(runs: dict[tuple[str, str], Runs]) -> list[str]:
+    """Mean ± standard deviation, worst to best, by task, and the mean over tasks."""
+    tasks = list(SETTINGS)
+    lines = [
+        "| method | forwards | " + " | ".join(tasks) + " | mean | nats per token |",
+        "|---|---|" + "---|" * (len(tasks) + 2),
+    ]
+    for name, method in METHODS.items():
+        cells, means, nats = [], [], []
+        for task in tasks:
+            found = runs.get((task, name))
+            if not found:
+                cells.append("–")
+                continue
+            values = found.accuracy
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread} ({min(values):.1f}–{max(values):.1f})")
+            means.append(mean(values))
+            nats.append(mean(x["nats_per_token"] for x in found.by_seed.values()))
+        if means:
+            whole = f"{mean(means):.1f}" if len(means) == len(tasks) else "–"
+            bound = " / ".join(f"{x:.3f}" for x in nats)
+            forwards = method.rows * method.views
+            lines.append(
+                f"| {method.label} | {forwards} | " + " | ".join(cells) + f" | {whole} | {bound} |"
+            )
+    return lines
+
+
+def table_of_differences(runs: dict[tuple[str, str], Runs], baseline: str) -> list[str]:
+    """Each method against a baseline of the same number of forwards or rows, over all tasks."""
+    dice = random.Random(0)
+    rows, p_values = [], {}
+    for name in METHODS:
+        if name == baseline:
+            continue
+        both = [
+            (runs[task, baseline], runs[task, name])
+            for task in SETTINGS
+            if (task, baseline) in runs and (task, name) in runs
+        ]
+        if len(both) < len(SETTINGS):
+            continue
+        parts = [paired(a, b, dice) for a, b in both]
+        seeds = sorted(set.intersection(*(set(x.by_seed) for pair in both for x in pair)))
+        by_seed = [
+            mean(100 * (b.by_seed[s]["accuracy"] - a.by_seed[s]["accuracy"]) for a, b in both)
+            for s in seeds
+        ]
+        p_values[name] = sign_flip(by_seed)
+        half = math.sqrt(sum(((high - low) / 2) ** 2 for _, low, high in parts)) / len(parts)
+        rows.append((name, mean(x[0] for x in parts), half, len(seeds)))
+    corrected = holm(p_values)
+    lines = [
+        f"| against {METHODS[baseline].label} | difference, points | seeds | p | corrected |",
+        "|---|---|---|---|---|",
+    ]
+    for name, difference, half, seeds in rows:
+        lines.append(
+            f"| {METHODS[name].label} | {difference:+.1f} ± {half:.1f} | {seeds} | "
+            f"{p_values[name]:.3f} | {corrected[name]:.3f} |"
+        )
+    return lines
+
+
+def goals(runs: dict[tuple[str, str], Runs]) -> list[str]:
+    """The paper's claims in our terms, with what was found."""
+    tasks = [t for t in SETTINGS if all((t, m) in runs for m in ("standard", "ppots_mirror"))]
+    if not tasks:
+        return []
+
+    def gain(method: str, base: str) -> float:
+        return mean(mean(runs[t, method].accuracy) - mean(runs[t, base].accuracy) for t in tasks)
+
+    lines = ["| claim | found |", "|---|---|"]
+    for base in ("standard", "standard_64"):
+        if all((t, base) in runs for t in tasks):
+            what = "equal rows" if base == "standard" else "equal forwards"
+            lines.append(
+                f"| P-POTS + MIRROR gains ≥ 5 points on Standard, {what} | "
+                f"{gain('ppots_mirror', base):+.1f} |"
+            )
+    above = [
+        t
+        for t in tasks
+        if min(runs[t, "ppots_mirror"].accuracy) > max(runs[t, "standard"].accuracy)
+    ]
+    lines.append(
+        f"| its worst run is above Standard's best on ≥ 2 tasks | {len(above)} of {len(tasks)}"
+        f"{': ' + ', '.join(above) if above else ''} |"
+    )
+    if all((t, "autoregressive") in runs for t in tasks):
+        spread = {
+            m: mean(stdev(runs[t, m].accuracy) for t in tasks if len(runs[t, m].by_seed) > 1)
+            for m in ("standard", "ppots_mirror", "autoregressive")
+        }
+        lines.append(
+            "| its standard deviation is ≤ 1.5 × the autoregressive model's | "
+            f"{spread['ppots_mirror']:.1f} against {spread['autoregressive']:.1f} points "
+            f"(Standard: {spread['standard']:.1f}) |"
+        )
+    ours = [m for m in (*OURS, "count_pareto_64") if all((t, m) in runs for t in tasks)]
+    if ours:
+        best = max(ours, key=lambda m: gain(m, "ppots_mirror"))
+        lines.append(
+            f"| the best of ours is not below it | {METHODS[best].label}: "
+            f"{gain(best, 'ppots_mirror'):+.1f} |"
+        )
+    return lines
+
+
+def table_of_tuning(results: Path) -> list[str]:
+    """Mean validation accuracy by learning rate, of the methods that families were tuned on."""
+    lines = ["| family (tuned on) | task | " + " | ".join(RATES) + " |", "|---|---|" + "---|" * 4]
+    for family, method in TUNED_ON.items():
+        for task in SETTINGS:
+            cells = []
+            for rate in RATES:
+                files = [
+                    results / "tuning" / task / f"{method}_{rate}_{s}.json" for s in TUNING_SEEDS
+                ]
+                values = [100 * json.loads(f.read_text())["accuracy"] for f in files if f.is_file()]
+                cells.append(mean(values) if values else float("nan"))
+            if all(math.isnan(x) for x in cells):
+                continue
+            best = max(x for x in cells if not math.isnan(x))
+            shown = [f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in cells]
+            lines.append(f"| {family} ({METHODS[method].label}) | {task} | {' | '.join(shown)} |")
+    return lines
+
+
+def table_of_variance(results: Path) -> list[str]:
+    """The gradient's variance by method and task, equal rows and equal forwards."""
+    found = {
+        task: json.loads(file.read_text())["equal_rows"]
+        for task in SETTINGS
+        if (file := results / "variance" / f"{task}.json").is_file()
+    }
+    if not found:
+        return []
+    lines = ["| method | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    for name, method in METHODS.items():
+        if all(name in x for x in found.values()):
+            cells = [
+                f"{x[name]['value']:.2f} ({x[name]['low']:.2f}–{x[name]['high']:.2f}); "
+                f"{x[name]['value'] * method.views:.2f}"
+                for x in found.values()
+            ]
+            lines.append(f"| {method.label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
+    """Accuracies by method; accuracy against variance; validation curves."""
+    tasks = [t for t in SETTINGS if any(task == t for task, _ in runs)]
+    names = [m for m in METHODS if any(method == m for _, method in runs)]
+    accuracy = Figure(figsize=(4.2 * len(tasks), 5.2), layout="constrained")
+    for axis, task in zip(_axes(accuracy, len(tasks)), tasks, strict=True):
+        for i, name in enumerate(names):
+            if (task, name) in runs:
+                values = runs[task, name].accuracy
+                colour = "C1" if name in OURS or name == "count_pareto_64" else "C0"
+                axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.6, markersize=4)
+                axis.plot(mean(values), i, "|", color="black", markersize=14)
+        axis.set_yticks(range(len(names)), [METHODS[n].label for n in names], fontsize=7)
+        axis.invert_yaxis()
+        axis.set(title=task, xlabel="right answers, % of 500")
+        axis.label_outer()
+
+    against = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
+    for axis, task in zip(_axes(against, len(tasks)), tasks, strict=True):
+        file = results / "variance" / f"{task}.json"
+        ratios = json.loads(file.read_text())["equal_rows"] if file.is_file() else {}
+        for name, ratio in ratios.items():
+            if (task, name) in runs and name != "clipped":
+                axis.plot(ratio["value"], mean(runs[task, name].accuracy), "o", color="C0")
+                axis.annotate(name, (ratio["value"], mean(runs[task, name].accuracy)), fontsize=6)
+        axis.set(title=task, xlabel="gradient's variance, equal rows", ylabel="right answers, %")
+
+    curves = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
+    shown = ("standard", "ppots_mirror", "count_pareto", "complement_pareto")
+    for axis, task in zip(_axes(curves, len(tasks)), tasks, strict=True):
+        for i, name in enumerate(shown):
+            for j, run in enumerate(
+                runs[task, name].by_seed.values() if (task, name) in runs else ()
+            ):
+                points = run["curves"].get("val/nelbo_nats_per_token", [])[1:]
+                label = METHODS[name].label if j == 0 else None
+                axis.plot(*zip(*points, strict=True), color=f"C{i}", alpha=0.7, label=label)
+        axis.set(title=task, xlabel="step", ylabel="validation NELBO, nats per token", yscale="log")
+        axis.legend(fontsize=7)
+    return {"study_accuracy": accuracy, "study_variance": against, "study_curves": curves}
+
+
+def _axes(figure: Figure, count: int) -> list[Any]:
+    return list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def sections(results: Path) -> str:
+    """The generated part of docs/study.md."""
+    runs = load(results)
+    total = sum(len(x.by_seed) for x in runs.values())
+    seconds = sum(x["seconds"] for r in runs.values() for x in r.by_seed.values())
+    parts = [
+        f"{total} runs are stored, {seconds / 3600:.1f} hours of one core.",
+        "**Right answers**, % of 500 test rows, greedy: mean ± standard deviation over seeds (from "
+        "the worst to the best); forwards in a step; nats per token of the test answers, by task "
+        "(a bound; exact for the autoregressive model).",
+        "\n".join(table_of_accuracy(runs)),
+        "**Claims.**",
+        "\n".join(goals(runs)),
+        "**Differences**, mean over tasks; ± half of a 95 % interval (bootstrap over seeds and "
+        "rows); p of the exact sign-flip test over seeds (5 seeds cannot take it below 0.062), and "
+        "corrected by Holm.",
+        "\n".join(table_of_differences(runs, "standard")),
+        "\n".join(table_of_differences(runs, "standard_64")),
+        "**Variance of the gradient** halfway through Standard's training, Standard = 1: at equal "
+        "rows (95 % interval); at equal forwards.",
+        "\n".join(table_of_variance(results)),
+        "**Learning rates**: right answers on 300 validation rows, mean of two seeds that the "
+        "study does not use; bold is what the family uses.",
+        "\n".join(table_of_tuning(results)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(results: Path) -> None:
+    """Put the tables into docs/study.md, between its markers, and draw the figures."""
+    page = DOCS / "study.md"
+    text = page.read_text()
+    before, rest = text.split(MARKERS[0])
+    _, after = rest.split(MARKERS[1])
+    page.write_text(f"{before}{MARKERS[0]}\n\n{sections(results)}\n\n{MARKERS[1]}{after}")
+    for name, figure in draw(load(results), results).items():
+        figure.savefig(DOCS / f"{name}.png", dpi=110, metadata={"Software": None})
+    print(f"Written to {page}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    write(parser.parse_args().results)
