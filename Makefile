@@ -6,13 +6,14 @@ TORCH := 2.13.0
 # PyTorch's public wheels without CUDA, for where pip's own index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test lint types tests faults bench wheel clean
+.PHONY: help install demo test lint types tests faults bench study wheel clean
 
 help:
 	@echo "make demo   pretrain and fine-tune a small model on this machine, and measure it"
 	@echo "make test   lint, types and tests"
 	@echo "make faults kills, full disks, damaged files, long runs: all of tests/faults, about 10 minutes"
 	@echo "make bench  training steps side by side with a plain loop, about 40 minutes (after make demo)"
+	@echo "make study  the study of docs/study.md: what has not been run of it, then its report; hours"
 	@echo "make wheel  build the wheel into dist/"
 	@echo "make clean  remove the virtual environment and caches"
 
@@ -53,6 +54,9 @@ faults: install
 bench: install
 	$(BIN)/python benchmarks/training.py --output bench
 	$(BIN)/python benchmarks/reach.py --output bench
+
+study: install
+	$(BIN)/python -m benchmarks.study
 
 wheel: install
 	$(BIN)/python -m build --wheel

@@ -1,8 +1,8 @@
-"""What the study compares: each method as overrides of configs/finetune.yaml, 600 steps of each."""
+"""What the study compares: each method as overrides of configs/finetune.yaml, 640 steps of each."""
 
 from typing import NamedTuple
 
-STEPS = 600
+STEPS = 640
 
 
 class Method(NamedTuple):
@@ -22,8 +22,8 @@ class Method(NamedTuple):
 
 
 def _of(rows: int) -> tuple[str, ...]:
-    """600 steps of so many rows out of 3,200 in each epoch."""
-    epoch = 3200 // rows
+    """640 steps of so many rows out of 2,560 in each epoch."""
+    epoch = 2560 // rows
     return (f"batch_size={rows}", f"epochs={STEPS // epoch}", f"max_steps_per_epoch={epoch}")
 
 
@@ -84,7 +84,7 @@ TUNED_ON = {
     "two views, counts": "complement_pareto",
     "autoregressive": "autoregressive",
 }
-RATES = ("5e-4", "1e-3", "2e-3", "4e-3")
+RATES = ("2e-3", "4e-3", "8e-3")
 TUNING_SEEDS = (1, 2)
 SEEDS = (42, 731, 20231, 5, 77)
 

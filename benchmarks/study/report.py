@@ -202,7 +202,10 @@ def goals(runs: dict[tuple[str, str], Runs]) -> list[str]:
 
 def table_of_tuning(results: Path) -> list[str]:
     """Mean validation accuracy by learning rate, of the methods that families were tuned on."""
-    lines = ["| family (tuned on) | task | " + " | ".join(RATES) + " |", "|---|---|" + "---|" * 4]
+    lines = [
+        "| family (tuned on) | task | " + " | ".join(RATES) + " |",
+        "|---|---|" + "---|" * len(RATES),
+    ]
     for family, method in TUNED_ON.items():
         for task in SETTINGS:
             cells = []

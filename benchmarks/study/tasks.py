@@ -2,10 +2,10 @@
 
 Three families of reasoning-gym, each with its own verifier:
 
-- ``chain``: ``chain_sum``, four one-digit numbers, answered with every running sum;
+- ``chain``: ``chain_sum``, three one-digit numbers, answered with every running sum;
 - ``legs``: ``leg_counting``, a word problem: how many legs some animals have, with its products
   and sums;
-- ``sudoku``: ``mini_sudoku``, a table: a 4 x 4 grid with 6 to 8 empty cells, to be filled in.
+- ``sudoku``: ``mini_sudoku``, a table: a 4 x 4 grid with 7 to 9 empty cells, to be filled in.
 
 No problem occurs twice, within or across the training, validation and test rows. The models are
 pretrained on parts: running sums, products and their sum, which animal has how many legs, full
@@ -26,8 +26,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "chain": (
         "chain_sum",
         {
-            "min_terms": 4,
-            "max_terms": 4,
+            "min_terms": 3,
+            "max_terms": 3,
             "min_digits": 1,
             "max_digits": 1,
             "allow_negation": False,
@@ -37,9 +37,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "leg_counting",
         {"min_animals": 2, "max_animals": 2, "min_instances": 1, "max_instances": 5},
     ),
-    "sudoku": ("mini_sudoku", {"min_empty": 6, "max_empty": 8}),
+    "sudoku": ("mini_sudoku", {"min_empty": 7, "max_empty": 9}),
 }
-SIZES = {"test": 500, "val": 300, "train": 3200}
+SIZES = {"test": 500, "val": 300, "train": 2560}
 VOCABULARY = 384
 
 
@@ -82,18 +82,17 @@ def prepare(home: Path) -> None:
     """Make the data and the tokenizer in ``home``, if missing: TASK/train.jsonl and so on."""
     if (home / "tokenizer_config.json").is_file():  # written last
         return
-    texts = []
     for task in SETTINGS:
-        texts += _write_task(home / task, task)
+        _write_task(home / task, task)
     lessons = list(_lessons())
     random.Random(0).shuffle(lessons)
     (home / "pretrain.jsonl").write_text("".join(_line(*lesson) for lesson in lessons))
-    texts += [text for lesson in lessons for text in lesson]
-    write_tokenizer(home, texts, VOCABULARY)
+    texts = [text for lesson in lessons for text in lesson]
+    write_tokenizer(home, texts + 1000 * ["how many legs have", "Answer:", ", ?"], VOCABULARY)
 
 
-def _write_task(directory: Path, task: str) -> list[str]:
-    """Rows of a task; the texts of those that are for training."""
+def _write_task(directory: Path, task: str) -> None:
+    """Rows of a task, in three files."""
     import reasoning_gym
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +100,6 @@ def _write_task(directory: Path, task: str) -> list[str]:
     size = 20 * sum(SIZES.values())
     source = iter(reasoning_gym.create_dataset(family, seed=0, size=size, **settings))
     seen: set[str] = set()
-    texts: list[str] = []
     for split, count in SIZES.items():
         lines: list[str] = []
         while len(lines) < count:
@@ -111,10 +109,7 @@ def _write_task(directory: Path, task: str) -> list[str]:
                 continue
             seen.add(question)
             lines.append(_line(question, answer, entry=entry))
-            if split == "train":
-                texts += [question, answer]
         (directory / f"{split}.jsonl").write_text("".join(lines))
-    return texts
 
 
 def _line(question: str, answer: str, **more: Any) -> str:

@@ -261,6 +261,7 @@ def plan(cfg: DictConfig, adapters: bool) -> str:
     size = cfg.batch_size * ranks * accumulation
     views = masking(torch.full((1,), 0.5), torch.rand(1, 8), torch.ones(1, 8) > 0).mask.shape[0]
     length, lines = _data(cfg, model, size, views, timesteps)
+    length = -(-length // cfg.pad_to_multiple_of) * cfg.pad_to_multiple_of
     rows = Batch(
         torch.zeros(cfg.batch_size, length, dtype=torch.long),
         torch.ones(cfg.batch_size, length, dtype=torch.bool),
