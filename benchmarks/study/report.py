@@ -6,12 +6,12 @@ Writes docs/study.md between its markers, and docs/study_*.png; the same runs gi
 import argparse
 import json
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks.study.methods import METHODS, RATES, TUNED_ON, TUNING_SEEDS
@@ -48,26 +48,25 @@ def load(results: Path) -> dict[tuple[str, str], Runs]:
     return found
 
 
-def paired(a: Runs, b: Runs, dice: random.Random, draws: int = 2000) -> tuple[float, float, float]:
+def paired(a: Runs, b: Runs, draws: int = 2000) -> tuple[float, float, float]:
     """Mean of b − a in points over common seeds, and its 95 % interval: a bootstrap over seeds and
     test rows."""
     seeds = sorted(set(a.by_seed) & set(b.by_seed))
-    differences = [
-        [
-            int(y) - int(x)
-            for x, y in zip(a.by_seed[s]["correct"], b.by_seed[s]["correct"], strict=True)
-        ]
-        for s in seeds
-    ]
-    rows = len(differences[0])
-    found = []
-    for _ in range(draws):
-        chosen = [dice.randrange(len(seeds)) for _ in seeds]
-        where = [dice.randrange(rows) for _ in range(rows)]
-        found.append(mean(sum(differences[s][r] for r in where) / rows for s in chosen))
-    found.sort()
-    low, high = found[int(0.025 * draws)], found[int(0.975 * draws)]
-    return 100 * mean(sum(d) / rows for d in differences), 100 * low, 100 * high
+    before, after = (
+        torch.tensor([[int(x) for x in runs.by_seed[s]["correct"]] for s in seeds]).double()
+        for runs in (a, b)
+    )
+    difference = 100 * (after - before)
+    dice = torch.Generator().manual_seed(0)
+    by_seed, by_row = (
+        torch.zeros(draws, n, dtype=torch.float64).scatter_add_(
+            1, torch.randint(n, (draws, n), generator=dice), torch.full((draws, n), 1 / n).double()
+        )
+        for n in difference.shape
+    )
+    found = ((by_seed @ difference) * by_row).sum(1)
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(difference.mean()), low, high
 
 
 def sign_flip(differences: Sequence[float]) -> float:
@@ -120,7 +119,6 @@ def table_of_accuracy(runs: dict[tuple[str, str], Runs]) -> list[str]:
 
 def table_of_differences(runs: dict[tuple[str, str], Runs], baseline: str) -> list[str]:
     """Each method against a baseline of the same number of forwards or rows, over all tasks."""
-    dice = random.Random(0)
     rows, p_values = [], {}
     for name in METHODS:
         if name == baseline:
@@ -132,7 +130,7 @@ def table_of_differences(runs: dict[tuple[str, str], Runs], baseline: str) -> li
         ]
         if len(both) < len(SETTINGS):
             continue
-        parts = [paired(a, b, dice) for a, b in both]
+        parts = [paired(a, b) for a, b in both]
         seeds = sorted(set.intersection(*(set(x.by_seed) for pair in both for x in pair)))
         by_seed = [
             mean(100 * (b.by_seed[s]["accuracy"] - a.by_seed[s]["accuracy"]) for a, b in both)

@@ -5,9 +5,9 @@
     python -m benchmarks.study.cluster --data … --output … --launch torchrun --task gsm8k  # here
 
 Each run is the recipe on one node of 8 GPUs, then mdm_eval. One whose results.json is there is left
-out, and one that was stopped goes on from its last checkpoint. Times are by docs/scaling.md's model,
-which no measurement has confirmed. Memory is by dry_run, for rows of 1,024 tokens on each of 8 GPUs:
-14.0 GiB in one view, 14.6 in two.
+out, and one that was stopped goes on from its last checkpoint. Times are by docs/scaling.md's
+model, which no measurement has confirmed. Memory is by dry_run, for rows of 1,024 tokens on each of
+8 GPUs: 14.0 GiB in one view, 14.6 in two.
 """
 
 import argparse

@@ -1,0 +1,119 @@
+"""The study's parts that its conclusions rest on: data, tuning, statistics, the report's bytes."""
+
+import json
+import random
+import shutil
+from math import comb
+
+import pytest
+
+from benchmarks.study import report
+from benchmarks.study.methods import METHODS, RATES, SEEDS, STEPS, TUNED_ON, TUNING_SEEDS, overrides
+from benchmarks.study.runs import HERE, Run, best_rate, final, tuning
+from benchmarks.study.tasks import SETTINGS, SIZES, prepare, verifier
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    place = tmp_path_factory.mktemp("study")
+    prepare(place)
+    return place
+
+
+def test_no_problem_occurs_twice_and_every_reference_is_right(home):
+    lessons = {json.loads(x)["messages"][0]["content"] for x in (home / "pretrain.jsonl").open()}
+    for task in SETTINGS:
+        asked = []
+        for split, size in SIZES.items():
+            rows = [json.loads(x) for x in (home / task / f"{split}.jsonl").open()]
+            assert len(rows) == size
+            asked += [row["messages"][0]["content"] for row in rows]
+            verify = verifier(task)
+            assert all(verify(row["messages"][1]["content"], row) for row in rows)
+            assert not verify("Answer: none", rows[0]) and not verify("", rows[0])
+        assert len(set(asked)) == len(asked)
+        assert not lessons & set(asked)
+
+
+def test_methods_take_as_many_steps_and_their_own_forwards():
+    assert not set(SEEDS) & set(TUNING_SEEDS) and len(SEEDS) >= 5 and len(METHODS) >= 11
+    for name, method in METHODS.items():
+        given = dict(x.split("=", 1) for x in overrides(name))
+        assert int(given["epochs"]) * int(given["max_steps_per_epoch"]) == STEPS
+        assert int(given["batch_size"]) == method.rows
+        assert method.family in TUNED_ON
+        mask = given.get("masking._component_", "").rpartition(".")[2]
+        assert method.views == (2 if mask in ("Mirror", "Independent", "Complement") else 1)
+
+
+def store(results, run, accuracy, rows=500, seed=0):
+    dice = random.Random(f"{run} {seed}")
+    correct = [int(dice.random() < accuracy) for _ in range(rows)]
+    file = run.file(results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        **run._asdict(),
+        "accuracy": sum(correct) / rows,
+        "correct": "".join(map(str, correct)),
+        "nats_per_token": 1 - accuracy,
+        "curves": {"val/nelbo_nats_per_token": [[0, 5.0], [320, 0.5], [640, 1 - accuracy]]},
+        "seconds": 60.0,
+    }
+    file.write_text(json.dumps(found))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A study with known accuracies: count_pareto is the best."""
+    for run in tuning(SETTINGS, METHODS):
+        store(tmp_path, run, {"2e-3": 0.3, "4e-3": 0.6, "8e-3": 0.4}[run.rate], 300)
+    for run in final(tmp_path, SETTINGS, METHODS, len(SEEDS)):
+        assert run.rate == "4e-3"
+        store(tmp_path, run, 0.7 if run.method == "count_pareto" else 0.4)
+    return tmp_path
+
+
+def test_the_best_rate_is_of_the_validation_rows_and_the_test_rows_do_not_matter(results):
+    assert {best_rate(results, task, family) for task in SETTINGS for family in TUNED_ON} == {
+        "4e-3"
+    }
+    assert set(RATES) == {"2e-3", "4e-3", "8e-3"}
+    assert Run("chain", "standard", 1, "4e-3", "val").file(results).is_file()
+
+
+def test_the_report_is_the_same_bytes_and_finds_what_is_there(results, tmp_path, monkeypatch):
+    texts, figures = [], []
+    for name in ("a", "b"):
+        place = tmp_path / name
+        place.mkdir()
+        shutil.copy(HERE.parents[1] / "docs" / "study.md", place)
+        monkeypatch.setattr(report, "DOCS", place)
+        report.write(results)
+        texts.append((place / "study.md").read_text())
+        figures.append([(place / f"{x}.png").read_bytes() for x in sorted(FIGURES)])
+    assert texts[0] == texts[1] and figures[0] == figures[1]
+    line, _ = [x for x in texts[0].splitlines() if x.startswith("| P-POTS FixedCount | +")]
+    difference, half = (float(x) for x in line.split("|")[2].split(" ± "))
+    assert abs(difference - 30) < half + 1 and 0.5 < half < 4
+    assert "the best of ours is not below it | P-POTS FixedCount: +" in texts[0]
+
+
+FIGURES = ("study_accuracy", "study_variance", "study_curves")
+
+
+def test_sign_flip_is_exact_and_holm_corrects():
+    assert report.sign_flip([1.0] * 5) == 2 / 2**5
+    assert report.sign_flip([1.0, -1.0]) == 1.0
+    assert report.sign_flip([3.0, 1.0, -1.0, 1.0]) == (2 * (1 + comb(3, 1))) / 2**4
+    assert report.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {"a": 0.03, "c": 0.06, "b": 0.06}
+
+
+def test_stored_runs_hold_what_the_report_and_a_rerun_need():
+    files = sorted((HERE / "results" / "runs").rglob("*.json"))
+    for file in files:
+        run = json.loads(file.read_text())
+        assert Run(**{k: run[k] for k in Run._fields}).file(HERE / "results") == file
+        assert len(run["correct"]) == SIZES["test"]
+        assert run["accuracy"] == pytest.approx(run["correct"].count("1") / SIZES["test"])
+        assert {"config", "curves", "revision", "nats_per_token", "seconds"} <= run.keys()
+        assert "HOME/" in run["config"] and "/tmp" not in run["config"]
