@@ -38,8 +38,9 @@ def test_no_problem_occurs_twice_and_every_reference_is_right(home):
 def test_methods_take_as_many_steps_and_their_own_forwards():
     assert not set(SEEDS) & set(TUNING_SEEDS) and len(SEEDS) >= 5 and len(METHODS) >= 11
     for name, method in METHODS.items():
-        given = dict(x.split("=", 1) for x in overrides(name))
-        assert int(given["epochs"]) * int(given["max_steps_per_epoch"]) == STEPS
+        for task, steps in STEPS.items():
+            given = dict(x.split("=", 1) for x in overrides(name, task))
+            assert int(given["epochs"]) * int(given["max_steps_per_epoch"]) == steps
         assert int(given["batch_size"]) == method.rows
         assert method.family in TUNED_ON
         mask = given.get("masking._component_", "").rpartition(".")[2]

@@ -107,7 +107,7 @@ def execute(run: Run, home: Path, results: Path) -> None:
     with _output_to(work / "log.txt"):
         name = "autoregressive" if causal else "pretrained"
         given = [
-            *overrides(run.method),
+            *overrides(run.method, run.task),
             f"seed={run.seed}",
             f"optimizer.lr={run.rate}",
             f"checkpointer.checkpoint_dir={home / name}",
@@ -155,11 +155,11 @@ def variance(task: str, rate: str, home: Path, results: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     with _output_to(work / "log.txt"):
-        given = [*overrides("standard"), f"seed={TUNING_SEEDS[0]}", f"optimizer.lr={rate}"]
-        given += [f"save_every_n_steps={STEPS // 2}", "run_val_every_n_steps=null"]
+        given = [*overrides("standard", task), f"seed={TUNING_SEEDS[0]}", f"optimizer.lr={rate}"]
+        given += [f"save_every_n_steps={STEPS[task] // 2}", "run_val_every_n_steps=null"]
         given += ["keep_last_n=2"]
         _recipe("mdm_full_finetune", CONFIGS / "finetune.yaml", home, task, work, given)
-        checkpoint = f"checkpoint={work / f'step_{STEPS // 2}'}"
+        checkpoint = f"checkpoint={work / f'step_{STEPS[task] // 2}'}"
         config = CONFIGS / "variance.yaml"
         _recipe("mdm_variance", config, home, task, work / "variance", [checkpoint])
         found = json.loads((work / "variance" / "variance.json").read_text())
