@@ -36,10 +36,9 @@ from benchmarks.study.tasks import SETTINGS, prepare
 STORED = HERE / "results"
 
 
-def run_all(
-    home: Path, results: Path, tasks: list[str], methods: list[str], given: argparse.Namespace
-) -> None:
-    """Data, pretrained models, tuning, runs: whatever is missing."""
+def run_all(home: Path, results: Path, given: argparse.Namespace) -> None:
+    """Data, pretrained models, tuning, variances, runs: whatever is missing."""
+    tasks, methods = given.tasks, given.methods
     prepare(home)
     names = [
         name
