@@ -25,6 +25,7 @@ from torchtitan.models.utils import validate_converter_order
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
 
+from mdm_plugin.errors import UserError
 from mdm_plugin.models.llada import LLADA_8B
 from mdm_plugin.quickstart import prepare_data
 from mdm_plugin.titan.compat import parallelize
@@ -231,5 +232,16 @@ def llada_8b_float8() -> MDMTrainer.Config:
 
 
 def llada_8b_mxfp8() -> MDMTrainer.Config:
-    """``llada_8b`` with the layers' products in MXFP8 (Blackwell and newer)."""
+    """``llada_8b`` with the layers' products in MXFP8 (Blackwell and newer).
+
+    Raises:
+        UserError: where torchao is older than torchtitan's converter needs.
+    """
+    from torchtitan.components.quantization import mx
+
+    if mx.MXFP8Linear is None:
+        raise UserError(
+            "llada_8b_mxfp8: torchtitan's converter needs a torchao newer than 0.15, and torchtune "
+            "0.6.1 an older one: use llada_8b_float8"
+        )
     return llada_8b([MXFP8LinearConverter.Config(model_compile_enabled=True)])

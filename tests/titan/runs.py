@@ -27,6 +27,11 @@ def train(run: dict) -> dict:
             config = ConfigManager().parse_args([*arguments, "--dump_folder", run["out"]])
         if run.get("lr") is not None:
             config.optimizer = default_adamw(lr=run["lr"])
+        if run.get("float8"):
+            from torchtitan.components.quantization import Float8LinearConverter
+
+            emulated = Float8LinearConverter.Config(emulate=True, filter_fqns=["lm_head"])
+            config.model_spec = module.model_registry("debugmodel", [emulated])
         trainer = config.build()
         processor = trainer.metrics_processor
         log, more = processor.log, processor.logger.log

@@ -178,6 +178,15 @@ def test_two_ranks_of_each_kind_are_one_rank(titan):
     assert_close(steps(two["pipeline_mirror"], rank=1), steps(one["one_mirror"]))
 
 
+def test_float8_layers_train_beside_fp32_ones(titan):
+    """torchtitan's converter, emulated where the hardware has no float8."""
+    count = method("Stratified", "FixedCount")
+    found = titan(1, {"fp32": {"arguments": count}, "float8": {"arguments": count, "float8": True}})
+    fp32, float8 = steps(found["fp32"]), steps(found["float8"])
+    assert not torch.equal(fp32, float8)
+    assert ((fp32 - float8).abs() / fp32).max() < 0.05
+
+
 def test_hybrid_sharding_on_four_ranks_is_one_rank(titan):
     count = method("Stratified", "FixedCount")
     one = titan(1, {"one": {"arguments": count}})
@@ -257,6 +266,7 @@ def test_pareto_density_is_restored_with_a_checkpoint(titan, tmp_path):
 
 
 REFUSED = {
+    "torchao newer than 0.15": {"config": "llada_8b_mxfp8"},
     "context_parallel_degree": ["--parallelism.context_parallel_degree", "2"],
     "expert_parallel_degree": ["--parallelism.expert_parallel_degree", "2"],
     "spmd_backend": ["--parallelism.spmd_backend", "full_dtensor"],
@@ -274,7 +284,8 @@ REFUSED = {
 
 
 def test_what_does_not_work_is_refused_at_the_start(titan):
-    found = titan(1, {str(i): {"arguments": more} for i, more in enumerate(REFUSED.values())})
+    runs = [x if isinstance(x, dict) else {"arguments": x} for x in REFUSED.values()]
+    found = titan(1, {str(i): dict(run) for i, run in enumerate(runs)})
     for (reason, _), (ended,) in zip(REFUSED.items(), found.values(), strict=True):
         assert reason in " ".join(ended["error"].split()), (reason, ended)
 
