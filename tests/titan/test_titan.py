@@ -244,6 +244,7 @@ def test_torchtitans_own_command_trains_and_resumes(command, home, tmp_path):
     arguments = (
         *("torchtitan.train", "--module", "mdm_plugin.titan.llada"),
         *("--config", "llada_debugmodel", "--dump_folder", tmp_path / "run"),
+        *("--checkpoint.async_mode", "async"),
     )
     whole = losses(torchrun(command, 2, *arguments, home=home))
     assert max(whole) == 50 and whole[50] < 0.7 * whole[1]
