@@ -17,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from benchmarks.study.methods import (
@@ -29,6 +31,16 @@ from benchmarks.study.methods import (
     TUNING_SEEDS,
     overrides,
 )
+from mdm_plugin.data import GlobalBatches, chat_dataset
+from mdm_plugin.loss import MDMLoss
+from mdm_plugin.masking import NextToken
+from mdm_plugin.timesteps import Uniform
+from mdm_plugin.training.config import instantiate, load_config
+from mdm_plugin.training.data import global_batches
+from mdm_plugin.training.distributed import World
+from mdm_plugin.training.options import Options
+from mdm_plugin.training.step import backward, draw, forward_loss, global_normalizer
+from mdm_plugin.training.weights import Weights
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
@@ -126,13 +138,16 @@ def execute(run: Run, home: Path, results: Path) -> None:
             key=lambda x: x["index"],
         )
         measured = json.loads((work / "eval" / "results.json").read_text())["tasks"]
-        nats = autoregressive_nats(weights, home, run) if causal else None
+        where = [f"home={home}", f"task={run.task}", f"output_dir={work}"]
+        config = load_config(str(CONFIGS / "finetune.yaml"), [*where, *given], Options)
+        rows = home / run.task / f"{run.split}.jsonl"
+        nats = autoregressive_nats(config, weights, rows) if causal else None
         found = {
             **run._asdict(),
             "accuracy": measured["exact_match"]["accuracy"],
             "correct": "".join(str(int(x["correct"])) for x in answers),
-            "nats_per_token": nats or measured["nelbo"]["nats_per_token"],
-            "gradient_noise_scale": gradient_noise_scale(checkpoint),
+            "nats_per_token": measured["nelbo"]["nats_per_token"] if nats is None else nats,
+            **gradient_noise(config, checkpoint),
             "curves": curves(work / "tensorboard"),
             "config": _config(checkpoint, home, work),
             "pretrained_sha256": digest(home / name / "model.safetensors"),
@@ -182,71 +197,50 @@ def pretrain(name: str, home: Path) -> None:
     shutil.rmtree(work)
 
 
-def autoregressive_nats(weights: Path, home: Path, run: Run) -> float:
-    """Nats per token of the answers, exact: a causal model has a likelihood."""
-    import torch
-
-    from mdm_plugin.data import chat_dataset
-    from mdm_plugin.data.batches import GlobalBatches
-    from mdm_plugin.loss import MDMLoss
-    from mdm_plugin.masking import NextToken
-    from mdm_plugin.training.config import instantiate, load_config
-    from mdm_plugin.training.options import Options
-    from mdm_plugin.training.step import corrupt, forward_loss
-    from mdm_plugin.training.weights import Weights
-
-    cfg = load_config(
-        str(CONFIGS / "finetune.yaml"),
-        [f"home={home}", f"task={run.task}", "output_dir=.", "model.causal=True"],
-        Options,
-    )
-    tokenizer, model = instantiate(cfg, "tokenizer"), instantiate(cfg, "model")
-    Weights(weights).load(model)
-    rows = chat_dataset(tokenizer, source=str(home / run.task / f"{run.split}.jsonl"))
+def autoregressive_nats(config: DictConfig, checkpoint: Path, source: Path) -> float:
+    """Nats per token of the answers in ``source``, exact: a causal model has a likelihood."""
+    tokenizer, model = instantiate(config, "tokenizer"), instantiate(config, "model")
+    Weights(checkpoint).load(model)
+    rows = chat_dataset(tokenizer, source=str(source))
     batches = GlobalBatches(
         rows, batch_size=len(rows), seed=0, pad_id=tokenizer.pad_id, shuffle=False
     )
-    (batch,) = batches.micro_batches(0)
-    zero = torch.zeros(len(rows), dtype=torch.float64)
     loss = MDMLoss(normalize="tokens", shift=True)
-    noisy = corrupt(batch, zero, zero + 1, NextToken(), loss, tokenizer.mask_id)
+    (batch,), _ = draw(batches, 0, Uniform(), NextToken(), loss, tokenizer.mask_id)
     with torch.no_grad():
-        total, _ = forward_loss(model.eval(), loss, noisy)
-    return float(total / noisy.normalizer)
+        total, _ = forward_loss(model.eval(), loss, batch)
+    return float(total / batch.normalizer)
 
 
-def gradient_noise_scale(checkpoint: Path) -> float | None:
-    """tr(Σ) / |G|² in batches of this method: how many it takes until noise equals the gradient.
+def gradient_noise(config: DictConfig, checkpoint: Path, batches: int = 32) -> dict[str, Any]:
+    """tr(Σ), the variance of a batch's gradient at a checkpoint, and tr(Σ) / |G|², how many batches
+    it takes until the noise of their mean equals the gradient (McCandlish et al. 2018).
 
-    From Adam's moments m and v at the end (McCandlish et al. 2018 define the scale; the gradient is
-    taken for stationary over the moments' memory here): with β1 = 0.9, E Σm² = |G|² +
-    tr(Σ)·(1 − β1)/(1 + β1) and E Σv = |G|² + tr(Σ). None where the moments' own noise leaves no
-    |G|² to be seen.
+    From fresh batches of the run's own method, by the unbiased estimators of both; the second is
+    None where |G|² is not seen above its own noise.
     """
-    import torch
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    file = checkpoint.parent / "optimizer.pt"
-    dcp_to_torch_save(checkpoint / "optimizer", file)
-    state = torch.load(file, weights_only=True)
-    moments: dict[str, list[torch.Tensor]] = {"exp_avg": [], "exp_avg_sq": [], "step": []}
-
-    def collect(tree: Any) -> None:
-        for key, value in tree.items() if isinstance(tree, dict) else ():
-            last = str(key).rpartition(".")[2]
-            if last in moments and isinstance(value, torch.Tensor):
-                moments[last].append(value.double())
-            else:
-                collect(value)
-
-    collect(state)
-    steps = float(moments["step"][0])
-    first = sum(float((m / (1 - 0.9**steps)).square().sum()) for m in moments["exp_avg"])
-    second = sum(float((v / (1 - 0.98**steps)).sum()) for v in moments["exp_avg_sq"])
-    share = 0.1 / 1.9
-    noise = (second - first) / (1 - share)
-    signal = second - noise
-    return float(f"{noise / signal:.4g}") if signal > 0.001 * second else None
+    world = World(0, 1, torch.device("cpu"), None)
+    tokenizer, model = instantiate(config, "tokenizer"), instantiate(config, "model")
+    Weights(checkpoint).load(model)
+    rows, loss = instantiate(config, "dataset", tokenizer), instantiate(config, "loss")
+    timesteps, masking = instantiate(config, "timesteps"), instantiate(config, "masking")
+    state = json.loads((checkpoint / "state.json").read_text())
+    if hasattr(timesteps, "load_state_dict"):
+        timesteps.load_state_dict(state["timesteps"])
+    own = global_batches(config, rows, tokenizer, world, 1)
+    found = []
+    for step in range(state["step"], state["step"] + batches):
+        (batch,), _ = draw(own, step, timesteps, masking, loss, tokenizer.mask_id)
+        backward(model, loss, batch, global_normalizer([batch], world), world)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    gradients = torch.stack(found).double()
+    variance = float(gradients.var(0).sum())
+    signal = float(gradients.mean(0).square().sum()) - variance / batches
+    return {
+        "gradient_variance": float(f"{variance:.5g}"),
+        "gradient_noise_scale": float(f"{variance / signal:.4g}") if signal > 0 else None,
+    }
 
 
 def curves(directory: Path) -> dict[str, list[list[float]]]:
@@ -292,8 +286,6 @@ def _recipe(
     name: str, config: Path, home: Path, task: str | None, output: Path, given: list[str]
 ) -> None:
     """Run a recipe's own main, as ``tune run`` does."""
-    import torch
-
     torch.set_num_threads(1)
     where = [f"home={home}", f"output_dir={output}", *([f"task={task}"] if task else [])]
     allowed = ["allow_components=[benchmarks.study]"]

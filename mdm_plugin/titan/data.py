@@ -14,8 +14,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 
 from mdm_plugin.data import GlobalBatches, Rows
 from mdm_plugin.errors import UserError
-from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import ChatTokenizer
+from mdm_plugin.titan.loss import MaskedLoss
 from mdm_plugin.training.distributed import World
 from mdm_plugin.training.step import draw, global_normalizer
 
@@ -81,7 +81,7 @@ class MaskedLoader(BaseDataLoader):
         self.tokenizer = ChatTokenizer(path, max_seq_len=self.length)
         self.rows = read_rows("dataloader", config, self.tokenizer)
 
-    def begin(self, loss: MDMLoss, world: World, accumulation: int) -> None:
+    def begin(self, loss: MaskedLoss, world: World, accumulation: int) -> None:
         """What the trainer knows, before the first batch: the loss, the ranks, and how many
         micro-batches each of them has in a step."""
         self.loss, self.world = loss, world
@@ -99,28 +99,23 @@ class MaskedLoader(BaseDataLoader):
         )
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """input and positions [B, L], and targets [M, 4] (``loss.MaskedLoss``), whose weights are
-        divided by the normaliser; and labels [B, L], which torchtitan counts."""
+        """input and positions [B, L], and targets [M, 4] for ``MaskedLoss``, which gets the step's
+        normaliser too; and labels [B, L], which torchtitan counts."""
         while True:
             step, self.step = self.step, self.step + 1
-            how = (self.timesteps, self.masking, self.loss, self.tokenizer.mask_id)
-            drawn, importance = draw(self.batches, step, *how)
-            normalizer = global_normalizer(drawn, self.world).cpu()
-            masked = sum(len(x.targets.labels) for x in drawn)
+            how = (self.timesteps, self.masking, self.loss.mdm, self.tokenizer.mask_id)
+            drawn, self.importance = draw(self.batches, step, *how)
+            self.loss.normalizer = global_normalizer(drawn, self.world)
             views = len(drawn[0].row_weight) // len(drawn[0].t)
-            self.figures = {
-                "train/importance_weight_mean": float(importance.mean()),
-                "train/importance_weight_max": float(importance.max()),
-                "train/masked_fraction": masked / (views * sum(x.eligible for x in drawn)),
-            }
+            masked = sum(len(x.targets.labels) for x in drawn)
+            self.masked = torch.tensor([masked, views * sum(x.eligible for x in drawn)])
             for batch in drawn:
                 targets = batch.targets
                 parts = (batch.noisy, batch.attend, targets.positions, self.length)
                 tokens, positions, places = at_length(*parts)
                 labels = torch.full((tokens.numel(),), IGNORE_INDEX)
                 labels[places] = targets.labels
-                weights = targets.weights / normalizer
-                columns = (places, targets.labels, targets.rows, weights)
+                columns = (places, targets.labels, targets.rows, targets.weights)
                 packed = torch.stack([x.double() for x in columns], 1)
                 inputs = {"input": tokens, "positions": positions, "targets": packed}
                 yield inputs, labels.view_as(tokens)

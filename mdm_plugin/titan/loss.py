@@ -37,18 +37,18 @@ class MaskedLoss(ChunkedLossWrapper):
         if compile_config and compile_config.enable and "loss" in compile_config.components:
             self.mdm.compile_chunks(compile_config.backend)
         self.tensor_parallel: ProcessGroup | None = None
-        self.vocab_size = 0
+        self.vocab_size, self.normalizer = 0, torch.ones(())
 
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Any = None, **_: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the global batch's loss.
 
-        pred: [B, L, D], hidden states. labels: [M, 4], fp64, in which ids are exact: the columns of
-        ``Targets``, with weights that are divided by the normaliser.
+        pred: [B, L, D], hidden states. labels: [M, 4], the columns of ``Targets`` in fp64, in which
+        ids are exact. ``normalizer`` is the step's, from the loader: on the device, without a wait.
         """
         positions, ids, rows = labels[:, :3].long().unbind(1)
-        targets = Targets(positions, ids, rows, labels[:, 3].float())
+        targets = Targets(positions, ids, rows, labels[:, 3].float() / self.normalizer)
         return self.mdm(self.head(), self.picked(pred, positions), targets)[0], {}
 
     def head(self) -> nn.Module | LinearHead:

@@ -98,7 +98,7 @@ class MDMTrainer(Trainer):
         group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
         self.world = World(loader.rank, loader.ranks, self.device, None, group, averages=False)
         micro_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
-        loader.begin(self.loss_fn.mdm, self.world, micro_batches)
+        loader.begin(self.loss_fn, self.world, micro_batches)
         self.loss_fn.vocab_size = size = cast(Any, self.model_config).vocab_size
         if dims.tp_enabled:
             self.loss_fn.tensor_parallel = dims.get_mesh("tp").get_group()
@@ -121,12 +121,18 @@ class MDMTrainer(Trainer):
             self.fit_timesteps(self.step - 1)
         super().train_step(data_iterator)
         if self.metrics_processor.should_log(self.step):
-            self.metrics_processor.logger.log(self.dataloader.figures, self.step)
+            masked, eligible = self.world.sum(self.dataloader.masked).tolist()
+            figures = {
+                "train/importance_weight_mean": float(self.dataloader.importance.mean()),
+                "train/importance_weight_max": float(self.dataloader.importance.max()),
+                "train/masked_fraction": masked / eligible,
+            }
+            self.metrics_processor.logger.log(figures, self.step)
 
     def fit_timesteps(self, step: int) -> None:
         """P-POTS: probe the model, and fit the density of t to what it shows."""
         loader = self.dataloader
-        parts = (loader.loss, loader.timesteps, loader.masking, loader.batches)
+        parts = (loader.loss.mdm, loader.timesteps, loader.masking, loader.batches)
         measured = probe(
             Denoiser(self.model_parts[0], self.loss_fn, loader.length),
             *parts,
