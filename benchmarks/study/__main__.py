@@ -83,7 +83,7 @@ def run_part(home: Path, given: argparse.Namespace) -> None:
 
 
 def run_again(home: Path, given: argparse.Namespace) -> None:
-    """Some stored runs once more, by their stored task, method, seed and rate."""
+    """Some stored runs once more, by their stored configs."""
     results = home / "again"
     files = sorted((STORED / "runs").rglob("*.json"))
     chosen = random.sample(files, given.again)
@@ -91,7 +91,10 @@ def run_again(home: Path, given: argparse.Namespace) -> None:
     runs = [Run(**{key: x[key] for key in Run._fields}) for x in stored]
     for run in runs:
         run.file(results).unlink(missing_ok=True)
-    in_parallel([(execute, (run, home, results)) for run in runs], given.workers, "Again")
+    jobs = [
+        (execute, (run, home, results, x["config"])) for run, x in zip(runs, stored, strict=True)
+    ]
+    in_parallel(jobs, given.workers, "Again")
     different = 0
     for before, run in zip(stored, runs, strict=True):
         after = json.loads(run.file(results).read_text())

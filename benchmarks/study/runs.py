@@ -109,8 +109,11 @@ def read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def execute(run: Run, home: Path, results: Path) -> None:
-    """Fine-tune, evaluate, keep the result; called in a process of its own."""
+def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> None:
+    """Fine-tune, evaluate, keep the result; called in a process of its own.
+
+    stored: the config to fine-tune by, from an earlier result; None for the method's.
+    """
     start = time.time()
     causal = "model.causal=True" in METHODS[run.method].overrides
     work = home / "runs" / "_".join(map(str, run)).replace(" ", "_")
@@ -119,27 +122,34 @@ def execute(run: Run, home: Path, results: Path) -> None:
     with _output_to(work / "log.txt"):
         name = "autoregressive" if causal else "pretrained"
         given = [
+            *(f"home={home}", f"task={run.task}", f"output_dir={work}"),
             *overrides(run.method, run.task),
             f"seed={run.seed}",
             f"optimizer.lr={run.rate}",
             f"checkpointer.checkpoint_dir={home / name}",
         ]
-        _recipe("mdm_full_finetune", CONFIGS / "finetune.yaml", home, run.task, work, given)
+        file = CONFIGS / "finetune.yaml"
+        if stored is not None:
+            file, given = work / "stored.yaml", []
+            file.write_text(stored.replace("OUTPUT", str(work)).replace("HOME", str(home)))
+        _recipe("mdm_full_finetune", file, given)
         trained = time.time() - start
         (checkpoint,) = work.glob("step_*")
         weights = checkpoint / "ema" if (checkpoint / "ema").is_dir() else checkpoint
-        asked = [f"checkpoint={weights}", f"split={run.split}"]
+        asked = [
+            *(f"home={home}", f"task={run.task}", f"output_dir={work / 'eval'}"),
+            *(f"checkpoint={weights}", f"split={run.split}"),
+        ]
         if causal:  # left to right; its likelihood is no bound
             asked += ["model.causal=True", "decoding.shift=True", "decoding.block_length=1"]
             asked += ["tasks=[exact_match]", "dataset=null"]
-        _recipe("mdm_eval", CONFIGS / "evaluate.yaml", home, run.task, work / "eval", asked)
+        _recipe("mdm_eval", CONFIGS / "evaluate.yaml", asked)
         answers = sorted(
             (json.loads(x) for x in (work / "eval" / "exact_match.0.jsonl").open()),
             key=lambda x: x["index"],
         )
         measured = json.loads((work / "eval" / "results.json").read_text())["tasks"]
-        where = [f"home={home}", f"task={run.task}", f"output_dir={work}"]
-        config = load_config(str(CONFIGS / "finetune.yaml"), [*where, *given], Options)
+        config = load_config(str(file), given, Options)
         rows = home / run.task / f"{run.split}.jsonl"
         nats = autoregressive_nats(config, weights, rows) if causal else None
         found = {
@@ -170,13 +180,14 @@ def variance(task: str, rate: str, home: Path, results: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     with _output_to(work / "log.txt"):
-        given = [*overrides("standard", task), f"seed={TUNING_SEEDS[0]}", f"optimizer.lr={rate}"]
+        given = [f"home={home}", f"task={task}", f"output_dir={work}"]
+        given += [*overrides("standard", task), f"seed={TUNING_SEEDS[0]}", f"optimizer.lr={rate}"]
         given += [f"save_every_n_steps={STEPS[task] // 2}", "run_val_every_n_steps=null"]
         given += ["keep_last_n=2"]
-        _recipe("mdm_full_finetune", CONFIGS / "finetune.yaml", home, task, work, given)
-        checkpoint = f"checkpoint={work / f'step_{STEPS[task] // 2}'}"
-        config = CONFIGS / "variance.yaml"
-        _recipe("mdm_variance", config, home, task, work / "variance", [checkpoint])
+        _recipe("mdm_full_finetune", CONFIGS / "finetune.yaml", given)
+        asked = [f"home={home}", f"task={task}", f"output_dir={work / 'variance'}"]
+        asked += [f"checkpoint={work / f'step_{STEPS[task] // 2}'}"]
+        _recipe("mdm_variance", CONFIGS / "variance.yaml", asked)
         found = json.loads((work / "variance" / "variance.json").read_text())
     kept = {x["name"]: x["gradient_ratio"]["equal_rows"] for x in found["estimators"]}
     file = results / "variance" / f"{task}.json"
@@ -190,7 +201,8 @@ def pretrain(name: str, home: Path) -> None:
     work = home / f"{name}_run"
     home.mkdir(exist_ok=True)
     with _output_to(home / f"{name}.log"):
-        _recipe("mdm_full_finetune", CONFIGS / "pretrain.yaml", home, None, work, PRETRAINED[name])
+        given = [f"home={home}", f"output_dir={work}", *PRETRAINED[name]]
+        _recipe("mdm_full_finetune", CONFIGS / "pretrain.yaml", given)
         (weights,) = work.glob("step_*/model.safetensors")
         (home / name).mkdir(exist_ok=True)
         weights.rename(home / name / "model.safetensors")
@@ -282,19 +294,16 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _recipe(
-    name: str, config: Path, home: Path, task: str | None, output: Path, given: list[str]
-) -> None:
+def _recipe(name: str, config: Path, given: list[str]) -> None:
     """Run a recipe's own main, as ``tune run`` does."""
     torch.set_num_threads(1)
-    where = [f"home={home}", f"output_dir={output}", *([f"task={task}"] if task else [])]
-    allowed = ["allow_components=[benchmarks.study]"]
-    sys.argv = [name, "--config", str(config), *where, *allowed, *given]
+    allowed = "allow_components=[benchmarks.study]"
+    sys.argv = [name, "--config", str(config), allowed, *given]
     try:
         __import__(name).main()
     except SystemExit as end:
         if end.code:
-            raise RuntimeError(f"{name} ended with {end.code}: see {output}") from end
+            raise RuntimeError(f"{name} ended with {end.code}: {config} {given}") from end
 
 
 @contextlib.contextmanager
