@@ -146,18 +146,14 @@ class MDMLoss(nn.Module):
         if hidden.ndim == 3:
             picked = hidden.flatten(0, 1).index_select(0, targets.positions)
         rest = (targets.labels, targets.weights, self.chunk_size)
-        head = output
-        if isinstance(head, nn.Module):
+        head, wanted = output, torch.is_grad_enabled()
+        if not isinstance(head, LinearHead):
             weight = _plain_weight(head)
             if weight is None:
                 trained = [p for p in head.parameters() if p.requires_grad]
-                return _HeadCrossEntropy.apply(
-                    picked, head, *rest, torch.is_grad_enabled(), *trained
-                )
+                return _HeadCrossEntropy.apply(picked, head, *rest, wanted, *trained)
             head = LinearHead(weight, self._chunk)
-        return _LinearCrossEntropy.apply(
-            picked, head.weight, *rest, head.chunk, torch.is_grad_enabled()
-        )
+        return _LinearCrossEntropy.apply(picked, head.weight, *rest, head.chunk, wanted)
 
     def compile_chunks(self, backend: str = "inductor") -> None:
         """torch.compile of the work on a chunk.
