@@ -10,7 +10,9 @@ import pytest
 from benchmarks.study import report
 from benchmarks.study.methods import METHODS, RATES, SEEDS, STEPS, TUNED_ON, TUNING_SEEDS, overrides
 from benchmarks.study.runs import HERE, Run, best_rate, final, tuning
-from benchmarks.study.tasks import SETTINGS, SIZES, prepare, verifier
+from benchmarks.study.tasks import LONGEST, SETTINGS, SIZES, prepare, verifier
+from mdm_plugin.data import chat_dataset
+from mdm_plugin.models import ChatTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,13 @@ def test_no_problem_occurs_twice_and_every_reference_is_right(home):
             assert not verify("Answer: none", rows[0]) and not verify("", rows[0])
         assert len(set(asked)) == len(asked)
         assert not lessons & set(asked)
+
+
+def test_answers_are_as_long_as_in_training(home):
+    tokenizer = ChatTokenizer(str(home), max_seq_len=64)
+    for task, longest in LONGEST.items():
+        rows = chat_dataset(tokenizer, source=str(home / task / "train.jsonl"))
+        assert max(int(row.eligible.sum()) for row in rows) == longest
 
 
 def test_methods_take_as_many_steps_and_their_own_forwards():

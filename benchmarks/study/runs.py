@@ -31,6 +31,7 @@ from benchmarks.study.methods import (
     TUNING_SEEDS,
     overrides,
 )
+from benchmarks.study.tasks import LONGEST
 from mdm_plugin.data import GlobalBatches, chat_dataset
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import NextToken
@@ -139,6 +140,7 @@ def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> N
         asked = [
             *(f"home={home}", f"task={run.task}", f"output_dir={work / 'eval'}"),
             *(f"checkpoint={weights}", f"split={run.split}"),
+            f"max_new_tokens={LONGEST[run.task]}",
         ]
         if causal:  # left to right; its likelihood is no bound
             asked += ["model.causal=True", "decoding.shift=True", "decoding.block_length=1"]

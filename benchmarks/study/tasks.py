@@ -39,6 +39,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sudoku": ("mini_sudoku", {"min_empty": 7, "max_empty": 9}),
 }
+# Tokens of the longest response in training: a model that is asked for more has not seen so many
+# end tokens, and may give nothing but them.
+LONGEST = {"chain": 23, "legs": 33, "sudoku": 24}
 SIZES = {"test": 500, "val": 300, "train": 2560}
 VOCABULARY = 384
 
