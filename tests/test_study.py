@@ -100,15 +100,12 @@ def test_the_report_is_the_same_bytes_and_finds_what_is_there(results, tmp_path,
         monkeypatch.setattr(report, "DOCS", place)
         report.write(results)
         texts.append((place / "study.md").read_text())
-        figures.append([(place / f"{x}.png").read_bytes() for x in sorted(FIGURES)])
+        figures.append([(place / f"{x}.png").read_bytes() for x in report.FIGURES])
     assert texts[0] == texts[1] and figures[0] == figures[1]
     line, _ = [x for x in texts[0].splitlines() if x.startswith("| P-POTS FixedCount | +")]
     difference, half = (float(x) for x in line.split("|")[2].split(" ± "))
     assert abs(difference - 30) < half + 1 and 0.5 < half < 4
     assert "the best of ours is not below it | P-POTS FixedCount: +" in texts[0]
-
-
-FIGURES = ("study_accuracy", "study_variance", "study_curves")
 
 
 def test_sign_flip_is_exact_and_holm_corrects():

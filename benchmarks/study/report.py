@@ -21,6 +21,11 @@ HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 MARKERS = ("<!-- from the stored runs: begin -->", "<!-- from the stored runs: end -->")
 OURS = ("count", "count_pareto", "complement_pareto")
+FIGURES = {
+    "study_accuracy": "Right answers of each run",
+    "study_variance": "Right answers against the variance of the gradient",
+    "study_curves": "Validation curves",
+}
 
 
 class Runs(NamedTuple):
@@ -281,7 +286,7 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
                 axis.plot(*zip(*points, strict=True), color=f"C{i}", alpha=0.7, label=label)
         axis.set(title=task, xlabel="step", ylabel="validation NELBO, nats per token", yscale="log")
         axis.legend(fontsize=7)
-    return {"study_accuracy": accuracy, "study_variance": against, "study_curves": curves}
+    return dict(zip(FIGURES, (accuracy, against, curves), strict=True))
 
 
 def _axes(figure: Figure, count: int) -> list[Any]:
@@ -291,6 +296,9 @@ def _axes(figure: Figure, count: int) -> list[Any]:
 def sections(results: Path) -> str:
     """The generated part of docs/study.md."""
     runs = load(results)
+    if not runs:
+        tuned = len(list((results / "tuning").rglob("*.json")))
+        return f"No run is stored yet (of the tuning of learning rates: {tuned})."
     total = sum(len(x.by_seed) for x in runs.values())
     seconds = sum(x["seconds"] for r in runs.values() for x in r.by_seed.values())
     parts = [
@@ -313,6 +321,7 @@ def sections(results: Path) -> str:
         "study does not use; bold is what the family uses.",
         "\n".join(table_of_tuning(results)),
     ]
+    parts += [f"![{title}]({name}.png)" for name, title in FIGURES.items()]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -323,7 +332,8 @@ def write(results: Path) -> None:
     before, rest = text.split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
     page.write_text(f"{before}{MARKERS[0]}\n\n{sections(results)}\n\n{MARKERS[1]}{after}")
-    for name, figure in draw(load(results), results).items():
+    runs = load(results)
+    for name, figure in draw(runs, results).items() if runs else ():
         figure.savefig(DOCS / f"{name}.png", dpi=110, metadata={"Software": None})
     print(f"Written to {page}")
 
