@@ -18,6 +18,8 @@ TINY = Path(__file__).with_name("tiny.yaml")
 
 
 def pytest_collection_modifyitems(items):
+    # The longest first, or one of the two workers waits for the other's at the end.
+    items.sort(key=lambda item: "tests/titan/" not in item.nodeid)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and there is none here")
         for item in items:
