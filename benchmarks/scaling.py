@@ -49,7 +49,7 @@ LLAMA_70B = Shape(80, 8192, 28_672, 0.125, 128_256)
 
 
 class Machine(NamedTuple):
-    """An H100 and its network. FLOP/s, bytes/s, seconds, bytes.
+    """An H100 and its network. FLOP/s, bytes/s, seconds.
 
     efficiency: of matrix products, fitted. bus: what a ring of all a node's links carries per GPU,
         8 × 400 Gb/s at 85 % (NVLink within a node is not slower). hop: of a ring, per rank.
@@ -58,7 +58,6 @@ class Machine(NamedTuple):
     peak: float = 989e12
     efficiency: float = 0.47
     memory_bandwidth: float = 2.4e12
-    memory: float = 80 * GIB
     bus: float = 0.85 * 8 * 50e9
     nvlink: float = 0.75 * 450e9
     hop: float = 3e-6

@@ -15,12 +15,13 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.study.methods import METHODS, RATES, TUNED_ON, TUNING_SEEDS
+from benchmarks.study.runs import Run, read
 from benchmarks.study.tasks import SETTINGS
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 MARKERS = ("<!-- from the stored runs: begin -->", "<!-- from the stored runs: end -->")
-OURS = ("count", "count_pareto", "complement_pareto")
+OURS = ("count", "count_pareto", "complement_pareto", "count_pareto_64")
 FIGURES = {
     "study_accuracy": "Right answers of each run",
     "study_variance": "Right answers against the variance of the gradient",
@@ -193,7 +194,7 @@ def goals(runs: dict[tuple[str, str], Runs]) -> list[str]:
             f"{spread['ppots_mirror']:.1f} against {spread['autoregressive']:.1f} points "
             f"(Standard: {spread['standard']:.1f}) |"
         )
-    ours = [m for m in (*OURS, "count_pareto_64") if all((t, m) in runs for t in tasks)]
+    ours = [m for m in OURS if all((t, m) in runs for t in tasks)]
     if ours:
         best = max(ours, key=lambda m: gain(m, "ppots_mirror"))
         lines.append(
@@ -213,10 +214,9 @@ def table_of_tuning(results: Path) -> list[str]:
         for task in SETTINGS:
             cells = []
             for rate in RATES:
-                files = [
-                    results / "tuning" / task / f"{method}_{rate}_{s}.json" for s in TUNING_SEEDS
-                ]
-                values = [100 * json.loads(f.read_text())["accuracy"] for f in files if f.is_file()]
+                runs = [Run(task, method, seed, rate, "val") for seed in TUNING_SEEDS]
+                found = [read(run.file(results)) for run in runs]
+                values = [100 * x["accuracy"] for x in found if x]
                 cells.append(mean(values) if values else float("nan"))
             if all(math.isnan(x) for x in cells):
                 continue
@@ -256,7 +256,7 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
         for i, name in enumerate(names):
             if (task, name) in runs:
                 values = runs[task, name].accuracy
-                colour = "C1" if name in OURS or name == "count_pareto_64" else "C0"
+                colour = "C1" if name in OURS else "C0"
                 axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.6, markersize=4)
                 axis.plot(mean(values), i, "|", color="black", markersize=14)
         axis.set_yticks(range(len(names)), [METHODS[n].label for n in names], fontsize=7)
