@@ -5,11 +5,11 @@ Three families of reasoning-gym, each with its own verifier:
 - ``chain``: ``chain_sum``, three one-digit numbers, answered with every running sum;
 - ``legs``: ``leg_counting``, a word problem: how many legs some animals have, with its products
   and sums;
-- ``sudoku``: ``mini_sudoku``, a table: a 4 x 4 grid with 7 to 9 empty cells, to be filled in.
+- ``sudoku``: ``mini_sudoku``, a table: a 4 x 4 grid with 8 to 10 empty cells, to be filled in.
 
 No problem occurs twice, within or across the training, validation and test rows. The models are
 pretrained on parts: running sums, products and their sum, which animal has how many legs, full
-grids. No text holds a question.
+grids. No lesson is a task's question.
 """
 
 import json
@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "leg_counting",
         {"min_animals": 2, "max_animals": 2, "min_instances": 1, "max_instances": 5},
     ),
-    "sudoku": ("mini_sudoku", {"min_empty": 7, "max_empty": 9}),
+    "sudoku": ("mini_sudoku", {"min_empty": 8, "max_empty": 10}),
 }
 # Tokens of the longest response in training: a model that is asked for more has not seen so many
 # end tokens, and may give nothing but them.
