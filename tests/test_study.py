@@ -8,8 +8,18 @@ from math import comb
 import pytest
 
 from benchmarks.study import report
-from benchmarks.study.methods import METHODS, RATES, SEEDS, STEPS, TUNED_ON, TUNING_SEEDS, overrides
-from benchmarks.study.runs import HERE, Run, best_rate, final, tuning
+from benchmarks.study.methods import (
+    CAUSE_TASKS,
+    CAUSES,
+    METHODS,
+    RATES,
+    SEEDS,
+    STEPS,
+    TUNED_ON,
+    TUNING_SEEDS,
+    overrides,
+)
+from benchmarks.study.runs import HERE, Run, best_rate, causes, final, tuning
 from benchmarks.study.tasks import LONGEST, SETTINGS, SIZES, prepare, verifier
 from mdm_plugin.data import chat_dataset
 from mdm_plugin.models import ChatTokenizer
@@ -56,6 +66,23 @@ def test_methods_take_as_many_steps_and_their_own_forwards():
         assert method.views == (2 if mask in ("Mirror", "Independent", "Complement") else 1)
 
 
+def test_a_cause_is_one_change():
+    assert not set(CAUSES) & set(METHODS)
+    for name, cause in CAUSES.items():
+        for task in CAUSE_TASKS:
+            given, like = (
+                dict(x.split("=", 1) for x in overrides(method, task))
+                for method in (name, cause.like)
+            )
+            changed = {key for key in given if given[key] != like.get(key)}
+            assert given.keys() >= like.keys() and changed
+            if cause.method.budget != 1:
+                assert changed <= {"epochs", "max_steps_per_epoch"}
+            steps = int(given["epochs"]) * int(given["max_steps_per_epoch"])
+            assert steps == STEPS[task] * cause.method.budget
+            assert len({key.partition(".")[0] for key in changed - {"max_steps_per_epoch"}}) == 1
+
+
 def store(results, run, accuracy, rows=500, seed=0):
     dice = random.Random(f"{run} {seed}")
     correct = [int(dice.random() < accuracy) for _ in range(rows)]
@@ -80,6 +107,8 @@ def results(tmp_path):
     for run in final(tmp_path, SETTINGS, METHODS, len(SEEDS)):
         assert run.rate == "4e-3"
         store(tmp_path, run, 0.7 if run.method == "count_pareto" else 0.4)
+    for run in causes(tmp_path, SETTINGS, METHODS, len(SEEDS)):
+        store(tmp_path, run, 0.9 if run.method == "ppots_mirror_long" else 0.4)
     return tmp_path
 
 
@@ -106,6 +135,8 @@ def test_the_report_is_the_same_bytes_and_finds_what_is_there(results, tmp_path,
     difference, half = (float(x) for x in line.split("|")[2].split(" ± "))
     assert abs(difference - 30) < half + 1 and 0.5 < half < 4
     assert "the best of ours is not below it | P-POTS FixedCount: +" in texts[0]
+    found = [x for x in texts[0].splitlines() if "four times the steps | chain" in x]
+    assert len(found) == 1 and abs(float(found[0].split("|")[5].split()[0]) - 50) < 5
 
 
 def test_sign_flip_is_exact_and_holm_corrects():
@@ -116,10 +147,11 @@ def test_sign_flip_is_exact_and_holm_corrects():
 
 
 def test_stored_runs_hold_what_the_report_and_a_rerun_need():
-    files = sorted((HERE / "results" / "runs").rglob("*.json"))
+    results = HERE / "results"
+    files = sorted([*(results / "runs").rglob("*.json"), *(results / "causes").rglob("*.json")])
     for file in files:
         run = json.loads(file.read_text())
-        assert Run(**{k: run[k] for k in Run._fields}).file(HERE / "results") == file
+        assert Run(**{k: run[k] for k in Run._fields}).file(results) == file
         assert len(run["correct"]) == SIZES["test"]
         assert run["accuracy"] == pytest.approx(run["correct"].count("1") / SIZES["test"])
         assert {"config", "curves", "revision", "nats_per_token", "seconds"} <= run.keys()

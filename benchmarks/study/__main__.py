@@ -22,6 +22,7 @@ from benchmarks.study.runs import (
     PRETRAINED,
     Run,
     best_rate,
+    causes,
     digest,
     execute,
     final,
@@ -53,6 +54,7 @@ def run_all(home: Path, results: Path, given: argparse.Namespace) -> None:
     for title, wanted in (
         ("Tuning", lambda: tuning(tasks, methods)),
         ("Study", lambda: final(results, tasks, methods, given.seeds)),
+        ("Causes", lambda: causes(results, tasks, methods, given.seeds)),
     ):
         missing = [run for run in wanted() if not run.file(results).is_file()]
         in_parallel([(execute, (run, home, results)) for run in missing], given.workers, title)

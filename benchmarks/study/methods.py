@@ -13,6 +13,7 @@ class Method(NamedTuple):
     family: those that share a tuned learning rate.
     rows, views: a step's rows, and forwards for each of them.
     overrides: of the config.
+    budget: steps, as a multiple of the task's.
     """
 
     label: str
@@ -20,11 +21,12 @@ class Method(NamedTuple):
     rows: int
     views: int
     overrides: tuple[str, ...]
+    budget: float = 1.0
 
 
 def _of(rows: int, steps: int) -> tuple[str, ...]:
     """Steps of so many rows out of 2,560 in each epoch."""
-    epoch = 2560 // rows
+    epoch = min(steps, 2560 // rows)
     return (f"batch_size={rows}", f"epochs={steps // epoch}", f"max_steps_per_epoch={epoch}")
 
 
@@ -90,6 +92,53 @@ TUNING_SEEDS = (1, 2)
 SEEDS = (42, 731, 20231, 5, 77)
 
 
+class Cause(NamedTuple):
+    """A method with one thing changed, to see whether that thing is why.
+
+    like: the method of the study that it is compared with.
+    question: that the comparison answers.
+    """
+
+    like: str
+    question: str
+    method: Method
+
+
+def _cause(like: str, question: str, *changed: str, budget: float = 1.0) -> Cause:
+    method = METHODS[like]
+    given = (*method.overrides, *changed)
+    return Cause(like, question, method._replace(overrides=given, budget=budget))
+
+
+CAUSE_TASKS = ("chain", "sudoku")
+CAUSES = {
+    "autoregressive_short": _cause(
+        "autoregressive", "an eighth of the steps, below its ceiling", budget=1 / 8
+    ),
+    "ppots_mirror_long": _cause("ppots_mirror", "four times the steps", budget=4),
+    "ppots_mirror_ordered": _cause(
+        "ppots_mirror", "the same rows in the same order for all seeds (no C)", "shuffle=False"
+    ),
+    "standard_ordered": _cause(
+        "standard", "the same rows in the same order for all seeds (no C)", "shuffle=False"
+    ),
+    "ppots_mirror_ema": _cause("ppots_mirror", "the average of late weights", *_EMA),
+    "ppots_mirror_refit": _cause(
+        "ppots_mirror", "a probe every 160 steps", "timesteps.refit_every_n_steps=160"
+    ),
+    "ppots_mirror_mix": _cause("ppots_mirror", "weights below 2 instead of 5", "timesteps.mix=0.5"),
+    "ppots_mirror_loss": _cause(
+        "ppots_mirror", "q for the loss's variance, as in the paper", "timesteps.target=loss"
+    ),
+}
+
+
+def find(method: str) -> Method:
+    """By its name, in METHODS or CAUSES."""
+    return METHODS[method] if method in METHODS else CAUSES[method].method
+
+
 def overrides(method: str, task: str) -> list[str]:
     """Of configs/finetune.yaml, without seed and learning rate."""
-    return [*METHODS[method].overrides, *_of(METHODS[method].rows, STEPS[task])]
+    given = find(method)
+    return [*given.overrides, *_of(given.rows, round(STEPS[task] * given.budget))]

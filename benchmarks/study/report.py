@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.study.methods import METHODS, RATES, TUNED_ON, TUNING_SEEDS
+from benchmarks.study.methods import CAUSES, METHODS, RATES, TUNED_ON, TUNING_SEEDS
 from benchmarks.study.runs import Run, read
 from benchmarks.study.tasks import SETTINGS
 
@@ -43,11 +43,12 @@ class Runs(NamedTuple):
 
 
 def load(results: Path) -> dict[tuple[str, str], Runs]:
-    """All stored runs by (task, method)."""
+    """All stored runs by (task, method), those of causes too."""
     found = {}
     for task in SETTINGS:
-        for method in METHODS:
-            files = sorted((results / "runs" / task / method).glob("*.json"))
+        for method in (*METHODS, *CAUSES):
+            kind = "causes" if method in CAUSES else "runs"
+            files = sorted((results / kind / task / method).glob("*.json"))
             by_seed = {int(file.stem): json.loads(file.read_text()) for file in files}
             if by_seed:
                 found[task, method] = Runs(task, method, by_seed)
@@ -77,12 +78,10 @@ def paired(a: Runs, b: Runs, draws: int = 2000) -> tuple[float, float, float]:
 
 def sign_flip(differences: Sequence[float]) -> float:
     """Two-sided p-value of the exact sign-flip test that the mean is 0."""
-    n, observed = len(differences), abs(sum(differences))
-    count = sum(
-        abs(sum(d if bits >> i & 1 else -d for i, d in enumerate(differences))) >= observed - 1e-9
-        for bits in range(2**n)
-    )
-    return count / 2**n
+    n = len(differences)
+    signs = 2 * (torch.arange(2**n)[:, None] >> torch.arange(n) & 1).double() - 1
+    sums = (signs @ torch.tensor(differences, dtype=torch.float64)).abs()
+    return int((sums >= abs(sum(differences)) - 1e-9).sum()) / 2**n
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -137,23 +136,23 @@ def table_of_differences(runs: dict[tuple[str, str], Runs], baseline: str) -> li
         if len(both) < len(SETTINGS):
             continue
         parts = [paired(a, b) for a, b in both]
-        seeds = sorted(set.intersection(*(set(x.by_seed) for pair in both for x in pair)))
-        by_seed = [
-            mean(100 * (b.by_seed[s]["accuracy"] - a.by_seed[s]["accuracy"]) for a, b in both)
-            for s in seeds
+        pairs = [
+            100 * (b.by_seed[seed]["accuracy"] - a.by_seed[seed]["accuracy"])
+            for a, b in both
+            for seed in sorted(set(a.by_seed) & set(b.by_seed))
         ]
-        p_values[name] = sign_flip(by_seed)
+        p_values[name] = sign_flip(pairs)
         half = math.sqrt(sum(((high - low) / 2) ** 2 for _, low, high in parts)) / len(parts)
-        rows.append((name, mean(x[0] for x in parts), half, len(seeds)))
+        rows.append((name, mean(x[0] for x in parts), half, len(pairs)))
     corrected = holm(p_values)
     lines = [
-        f"| against {METHODS[baseline].label} | difference, points | seeds | p | corrected |",
+        f"| against {METHODS[baseline].label} | difference, points | pairs | p | corrected |",
         "|---|---|---|---|---|",
     ]
-    for name, difference, half, seeds in rows:
+    for name, difference, half, pairs in rows:
         lines.append(
-            f"| {METHODS[name].label} | {difference:+.1f} ± {half:.1f} | {seeds} | "
-            f"{p_values[name]:.3f} | {corrected[name]:.3f} |"
+            f"| {METHODS[name].label} | {difference:+.1f} ± {half:.1f} | {pairs} | "
+            f"{p_values[name]:.2g} | {corrected[name]:.2g} |"
         )
     return lines
 
@@ -247,6 +246,29 @@ def table_of_variance(results: Path) -> list[str]:
     return lines
 
 
+def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
+    """Each method with one thing changed, beside the method it is like, over common seeds."""
+    lines = [
+        "| method, and what was changed | task | as in the study | changed | difference, points |",
+        "|---|---|---|---|---|",
+    ]
+    for name, cause in CAUSES.items():
+        for task in SETTINGS:
+            if (task, name) not in runs or (task, cause.like) not in runs:
+                continue
+            before, after = runs[task, cause.like], runs[task, name]
+            difference, low, high = paired(before, after)
+            cells = [
+                f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+                for values in (before.accuracy, after.accuracy)
+            ]
+            lines.append(
+                f"| {METHODS[cause.like].label}: {cause.question} | {task} | {' | '.join(cells)} | "
+                f"{difference:+.1f} ({low:+.1f} to {high:+.1f}) |"
+            )
+    return lines
+
+
 def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
     """Accuracies by method; accuracy against variance; validation curves."""
     tasks = [t for t in SETTINGS if any(task == t for task, _ in runs)]
@@ -301,28 +323,42 @@ def sections(results: Path) -> str:
         return f"No run is stored yet (of the tuning of learning rates: {tuned})."
     total = sum(len(x.by_seed) for x in runs.values())
     seconds = sum(x["seconds"] for r in runs.values() for x in r.by_seed.values())
-    parts = [
-        f"{total} runs are stored, {seconds / 3600:.1f} hours of one core.",
-        "**Right answers**, % of 500 test rows, greedy: mean ± standard deviation over seeds (from "
-        "the worst to the best); forwards in a step; nats per token of the test answers, by task "
-        "(a bound; exact for the autoregressive model).",
-        "\n".join(table_of_accuracy(runs)),
-        "**Claims.**",
-        "\n".join(goals(runs)),
-        "**Differences**, mean over tasks; ± half of a 95 % interval (bootstrap over seeds and "
-        "rows); p of the exact sign-flip test over seeds (5 seeds cannot take it below 0.062), and "
-        "corrected by Holm.",
-        "\n".join(table_of_differences(runs, "standard")),
-        "\n".join(table_of_differences(runs, "standard_64")),
-        "**Variance of the gradient** halfway through Standard's training, Standard = 1: at equal "
-        "rows (95 % interval); at equal forwards.",
-        "\n".join(table_of_variance(results)),
-        "**Learning rates**: right answers on 300 validation rows, mean of two seeds that the "
-        "study does not use; bold is what the family uses.",
-        "\n".join(table_of_tuning(results)),
-    ]
+    parts = [f"{total} runs are stored, {seconds / 3600:.1f} hours of one core."]
+    for title, *tables in (
+        (
+            "**Right answers**, % of 500 test rows, greedy: mean ± standard deviation over seeds "
+            "(from the worst to the best); forwards in a step; nats per token of the test answers, "
+            "by task (a bound; exact for the autoregressive model).",
+            table_of_accuracy(runs),
+        ),
+        ("**Claims.**", goals(runs)),
+        (
+            "**Differences**, mean over tasks; ± half of a 95 % interval (bootstrap over seeds and "
+            "rows); p of the exact sign-flip test over pairs of runs, of the same task and seed; "
+            "and corrected by Holm.",
+            table_of_differences(runs, "standard"),
+            table_of_differences(runs, "standard_64"),
+        ),
+        (
+            "**Why**: one thing changed at a time (mean ± standard deviation over seeds; 95 % "
+            "intervals).",
+            table_of_causes(runs),
+        ),
+        (
+            "**Variance of the gradient** halfway through Standard's training, Standard = 1: at "
+            "equal rows (95 % interval); at equal forwards.",
+            table_of_variance(results),
+        ),
+        (
+            "**Learning rates**: right answers on 300 validation rows, mean of two seeds that the "
+            "study does not use; bold is what the family uses.",
+            table_of_tuning(results),
+        ),
+    ):
+        filled = ["\n".join(table) for table in tables if len(table) > 2]
+        parts += [title, *filled] if filled else []
     parts += [f"![{title}]({name}.png)" for name, title in FIGURES.items()]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
 
 
 def write(results: Path) -> None:

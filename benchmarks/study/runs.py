@@ -23,12 +23,15 @@ from tqdm import tqdm
 
 from benchmarks.study.methods import (
     CAUSAL,
+    CAUSE_TASKS,
+    CAUSES,
     METHODS,
     RATES,
     SEEDS,
     STEPS,
     TUNED_ON,
     TUNING_SEEDS,
+    find,
     overrides,
 )
 from benchmarks.study.tasks import LONGEST
@@ -68,7 +71,8 @@ class Run(NamedTuple):
         """Where its result is kept."""
         if self.split == "val":
             return results / "tuning" / self.task / f"{self.method}_{self.rate}_{self.seed}.json"
-        return results / "runs" / self.task / self.method / f"{self.seed}.json"
+        kind = "causes" if self.method in CAUSES else "runs"
+        return results / kind / self.task / self.method / f"{self.seed}.json"
 
 
 def tuning(tasks: Iterable[str], methods: Iterable[str]) -> list[Run]:
@@ -105,6 +109,18 @@ def final(results: Path, tasks: Iterable[str], methods: Iterable[str], seeds: in
     ]
 
 
+def causes(results: Path, tasks: Iterable[str], methods: Iterable[str], seeds: int) -> list[Run]:
+    """The runs with one thing changed, at the learning rate of the method they are like."""
+    return [
+        Run(task, name, seed, best_rate(results, task, find(name).family))
+        for seed in SEEDS[:seeds]
+        for name, cause in CAUSES.items()
+        if cause.like in methods
+        for task in CAUSE_TASKS
+        if task in tasks
+    ]
+
+
 def read(file: Path) -> dict[str, Any] | None:
     """A stored result, if there is one."""
     return json.loads(file.read_text()) if file.is_file() else None
@@ -116,7 +132,7 @@ def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> N
     stored: the config to fine-tune by, from an earlier result; None for the method's.
     """
     start = time.time()
-    causal = "model.causal=True" in METHODS[run.method].overrides
+    causal = "model.causal=True" in find(run.method).overrides
     work = home / "runs" / "_".join(map(str, run)).replace(" ", "_")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
