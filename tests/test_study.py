@@ -103,7 +103,7 @@ def store(results, run, accuracy, rows=500, seed=0):
 def results(tmp_path):
     """A study with known accuracies: count_pareto is the best."""
     for run in tuning(SETTINGS, METHODS):
-        store(tmp_path, run, {"2e-3": 0.3, "4e-3": 0.6, "8e-3": 0.4}[run.rate], 300)
+        store(tmp_path, run, 0.6 if run.rate == "4e-3" else 0.3, 300)
     for run in final(tmp_path, SETTINGS, METHODS, len(SEEDS)):
         assert run.rate == "4e-3"
         store(tmp_path, run, 0.7 if run.method == "count_pareto" else 0.4)
@@ -116,7 +116,7 @@ def test_the_best_rate_is_of_the_validation_rows_and_the_test_rows_do_not_matter
     assert {best_rate(results, task, family) for task in SETTINGS for family in TUNED_ON} == {
         "4e-3"
     }
-    assert set(RATES) == {"2e-3", "4e-3", "8e-3"}
+    assert len(RATES) >= 3 and "4e-3" in RATES
     assert Run("chain", "standard", 1, "4e-3", "val").file(results).is_file()
 
 

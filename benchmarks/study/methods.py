@@ -79,7 +79,7 @@ METHODS = {
         "autoregressive", "autoregressive", 32, 1, (*CAUSAL, "run_val_every_n_steps=null")
     ),
 }
-# The learning rate of a family is tuned on one of its methods, and not on the seeds of the study.
+# The learning rate of a family is tuned on one of its methods, and with a seed that the study does not use.
 TUNED_ON = {
     "one view": "standard",
     "one view, counts": "count",
@@ -87,8 +87,8 @@ TUNED_ON = {
     "two views, counts": "complement_pareto",
     "autoregressive": "autoregressive",
 }
-RATES = ("2e-3", "4e-3", "8e-3")
-TUNING_SEEDS = (1, 2)
+RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
+TUNING_SEEDS = (1,)
 SEEDS = (42, 731, 20231, 5, 77)
 
 

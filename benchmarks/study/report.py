@@ -350,8 +350,8 @@ def sections(results: Path) -> str:
             table_of_variance(results),
         ),
         (
-            "**Learning rates**: right answers on 300 validation rows, mean of two seeds that the "
-            "study does not use; bold is what the family uses.",
+            "**Learning rates**: right answers on 300 validation rows, with a seed that the study "
+            "does not use; bold is what the family uses.",
             table_of_tuning(results),
         ),
     ):
