@@ -79,7 +79,7 @@ METHODS = {
         "autoregressive", "autoregressive", 32, 1, (*CAUSAL, "run_val_every_n_steps=null")
     ),
 }
-# The learning rate of a family is tuned on one of its methods, and with a seed that the study does not use.
+# A family's learning rate is tuned on one of its methods, with a seed that the study does not use.
 TUNED_ON = {
     "one view": "standard",
     "one view, counts": "count",

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.study.methods import CAUSES, METHODS, RATES, TUNED_ON, TUNING_SEEDS
-from benchmarks.study.runs import Run, read
+from benchmarks.study.runs import Run, best_rate, read
 from benchmarks.study.tasks import SETTINGS
 
 HERE = Path(__file__).parent
@@ -219,8 +219,11 @@ def table_of_tuning(results: Path) -> list[str]:
                 cells.append(mean(values) if values else float("nan"))
             if all(math.isnan(x) for x in cells):
                 continue
-            best = max(x for x in cells if not math.isnan(x))
-            shown = [f"**{x:.1f}**" if x == best else f"{x:.1f}" for x in cells]
+            best = best_rate(results, task, family)
+            shown = [
+                f"**{x:.1f}**" if rate == best else f"{x:.1f}"
+                for rate, x in zip(RATES, cells, strict=True)
+            ]
             lines.append(f"| {family} ({METHODS[method].label}) | {task} | {' | '.join(shown)} |")
     return lines
 
