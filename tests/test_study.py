@@ -135,7 +135,7 @@ def test_the_report_is_the_same_bytes_and_finds_what_is_there(results, tmp_path,
     difference, half = (float(x) for x in line.split("|")[2].split(" ± "))
     assert abs(difference - 30) < half + 1 and 0.5 < half < 4
     assert "the best of ours is not below it | P-POTS FixedCount: +" in texts[0]
-    found = [x for x in texts[0].splitlines() if "four times the steps | chain" in x]
+    found = [x for x in texts[0].splitlines() if "twice the steps | chain" in x]
     assert len(found) == 1 and abs(float(found[0].split("|")[5].split()[0]) - 50) < 5
 
 

@@ -115,7 +115,7 @@ CAUSES = {
     "autoregressive_short": _cause(
         "autoregressive", "an eighth of the steps, below its ceiling", budget=1 / 8
     ),
-    "ppots_mirror_long": _cause("ppots_mirror", "four times the steps", budget=4),
+    "ppots_mirror_long": _cause("ppots_mirror", "twice the steps", budget=2),
     "ppots_mirror_ordered": _cause(
         "ppots_mirror", "the same rows in the same order for all seeds (no C)", "shuffle=False"
     ),
