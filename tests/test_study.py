@@ -75,12 +75,12 @@ def test_a_cause_is_one_change():
                 for method in (name, cause.like)
             )
             changed = {key for key in given if given[key] != like.get(key)}
-            assert given.keys() >= like.keys() and changed
+            assert given.keys() >= like.keys() and bool(changed) != bool(cause.rate)
             if cause.method.budget != 1:
                 assert changed <= {"epochs", "max_steps_per_epoch"}
             steps = int(given["epochs"]) * int(given["max_steps_per_epoch"])
             assert steps == STEPS[task] * cause.method.budget
-            assert len({key.partition(".")[0] for key in changed - {"max_steps_per_epoch"}}) == 1
+            assert len(changed - {"max_steps_per_epoch"}) <= 1
 
 
 def store(results, run, accuracy, rows=500, seed=0):

@@ -96,40 +96,41 @@ class Cause(NamedTuple):
     """A method with one thing changed, to see whether that thing is why.
 
     like: the method of the study that it is compared with.
-    question: that the comparison answers.
+    change: in words.
+    method: with the change.
+    rate: the learning rate; None for that of the method's family.
     """
 
     like: str
-    question: str
+    change: str
     method: Method
+    rate: str | None = None
 
 
-def _cause(like: str, question: str, *changed: str, budget: float = 1.0) -> Cause:
+def _changed(
+    like: str, change: str, *overrides: str, budget: float = 1.0, rate: str | None = None
+) -> Cause:
     method = METHODS[like]
-    given = (*method.overrides, *changed)
-    return Cause(like, question, method._replace(overrides=given, budget=budget))
+    given = (*method.overrides, *overrides)
+    return Cause(like, change, method._replace(overrides=given, budget=budget), rate)
 
 
+_REFIT = ("a probe every 80 steps", "timesteps.refit_every_n_steps=80")
+_ORDERED = ("the same rows in the same order for all seeds (no C)", "shuffle=False")
 CAUSE_TASKS = ("chain", "sudoku")
 CAUSES = {
-    "autoregressive_short": _cause(
-        "autoregressive", "an eighth of the steps, below its ceiling", budget=1 / 8
+    "autoregressive_short": _changed("autoregressive", "an eighth of the steps", budget=1 / 8),
+    "standard_ordered": _changed("standard", *_ORDERED),
+    "ppots_refit": _changed("ppots", *_REFIT),
+    "ppots_mix": _changed("ppots", "weights below 2, not 5", "timesteps.mix=0.5"),
+    "ppots_loss": _changed(
+        "ppots", "q for the loss's variance, as in the paper", "timesteps.target=loss"
     ),
-    "ppots_mirror_long": _cause("ppots_mirror", "twice the steps", budget=2),
-    "ppots_mirror_ordered": _cause(
-        "ppots_mirror", "the same rows in the same order for all seeds (no C)", "shuffle=False"
-    ),
-    "standard_ordered": _cause(
-        "standard", "the same rows in the same order for all seeds (no C)", "shuffle=False"
-    ),
-    "ppots_mirror_ema": _cause("ppots_mirror", "the average of late weights", *_EMA),
-    "ppots_mirror_refit": _cause(
-        "ppots_mirror", "a probe every 160 steps", "timesteps.refit_every_n_steps=160"
-    ),
-    "ppots_mirror_mix": _cause("ppots_mirror", "weights below 2 instead of 5", "timesteps.mix=0.5"),
-    "ppots_mirror_loss": _cause(
-        "ppots_mirror", "q for the loss's variance, as in the paper", "timesteps.target=loss"
-    ),
+    "ppots_slow": _changed("ppots", "lr 2e-3", rate="2e-3"),
+    "ppots_mirror_ordered": _changed("ppots_mirror", *_ORDERED),
+    "ppots_mirror_refit": _changed("ppots_mirror", *_REFIT),
+    "ppots_mirror_slow": _changed("ppots_mirror", "lr 4e-3", rate="4e-3"),
+    "ppots_mirror_long": _changed("ppots_mirror", "twice the steps", budget=2),
 }
 
 

@@ -266,7 +266,7 @@ def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
                 for values in (before.accuracy, after.accuracy)
             ]
             lines.append(
-                f"| {METHODS[cause.like].label}: {cause.question} | {task} | {' | '.join(cells)} | "
+                f"| {METHODS[cause.like].label}: {cause.change} | {task} | {' | '.join(cells)} | "
                 f"{difference:+.1f} ({low:+.1f} to {high:+.1f}) |"
             )
     return lines

@@ -110,9 +110,9 @@ def final(results: Path, tasks: Iterable[str], methods: Iterable[str], seeds: in
 
 
 def causes(results: Path, tasks: Iterable[str], methods: Iterable[str], seeds: int) -> list[Run]:
-    """The runs with one thing changed, at the learning rate of the method they are like."""
+    """The runs with one thing changed, the first seed of each first."""
     return [
-        Run(task, name, seed, best_rate(results, task, find(name).family))
+        Run(task, name, seed, cause.rate or best_rate(results, task, cause.method.family))
         for seed in SEEDS[:seeds]
         for name, cause in CAUSES.items()
         if cause.like in methods
