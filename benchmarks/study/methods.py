@@ -115,6 +115,11 @@ def _changed(
     return Cause(like, change, method._replace(overrides=given, budget=budget), rate)
 
 
+def _stratified(like: str, mask: str) -> Cause:
+    method = METHODS[like]._replace(overrides=_sampler("Stratified") + _mask(mask))
+    return Cause(like, "Stratified in place of P-POTS", method)
+
+
 _REFIT = ("a probe every 80 steps", "timesteps.refit_every_n_steps=80")
 _ORDERED = ("the same rows in the same order for all seeds (no C)", "shuffle=False")
 CAUSE_TASKS = ("chain", "sudoku")
@@ -131,6 +136,9 @@ CAUSES = {
     "ppots_mirror_refit": _changed("ppots_mirror", *_REFIT),
     "ppots_mirror_slow": _changed("ppots_mirror", "lr 4e-3", rate="4e-3"),
     "ppots_mirror_long": _changed("ppots_mirror", "twice the steps", budget=2),
+    "count_pareto_refit": _changed("count_pareto", *_REFIT),
+    "count_64": _stratified("count_pareto_64", "FixedCount"),
+    "complement": _stratified("complement_pareto", "Complement"),
 }
 
 
