@@ -27,6 +27,7 @@ from benchmarks.study.runs import (
     execute,
     final,
     in_parallel,
+    missing,
     pretrain,
     read,
     tuning,
@@ -56,15 +57,15 @@ def run_all(home: Path, results: Path, given: argparse.Namespace) -> None:
         ("Study", lambda: final(results, tasks, methods, given.seeds)),
         ("Causes", lambda: causes(results, tasks, methods, given.seeds)),
     ):
-        missing = [run for run in wanted() if not run.file(results).is_file()]
-        in_parallel([(execute, (run, home, results)) for run in missing], given.workers, title)
+        jobs = [(execute, (run, home, results)) for run in missing(wanted(), results)]
+        in_parallel(jobs, given.workers, title)
         if title == "Tuning":
-            jobs = [
+            variances = [
                 (variance, (task, best_rate(results, task, "one view"), home, results))
                 for task in tasks
                 if not (results / "variance" / f"{task}.json").is_file()
             ]
-            in_parallel(jobs, given.workers, "Variances")
+            in_parallel(variances, given.workers, "Variances")
 
 
 def run_part(home: Path, given: argparse.Namespace) -> None:
@@ -74,8 +75,8 @@ def run_part(home: Path, given: argparse.Namespace) -> None:
     if not (home / "pretrained" / "model.safetensors").is_file():
         in_parallel([(pretrain, ("pretrained", home))], 1, "Pretraining")
     runs = final(STORED, ["chain"], ["standard", "ppots_mirror"], 2)
-    missing = [run for run in runs if not run.file(results).is_file()]
-    in_parallel([(execute, (run, home, results)) for run in missing], given.workers, "Study")
+    jobs = [(execute, (run, home, results)) for run in missing(runs, results)]
+    in_parallel(jobs, given.workers, "Study")
     print("task    method         seed   accuracy   stored")
     for run in runs:
         here, stored = read(run.file(results)), read(run.file(STORED))

@@ -49,7 +49,7 @@ CAUSAL = (
 
 METHODS = {
     "standard": Method("Standard", "one view", 32, 1, ()),
-    "clipped": Method("Clipped", "one view", 32, 1, _sampler("Clipped")),
+    "clipped": Method("Clipped (biased)", "one view", 32, 1, _sampler("Clipped")),
     "ema": Method("EMA", "one view", 32, 1, _EMA),
     "stratified": Method("Stratified (StraTS)", "one view", 32, 1, _sampler("Stratified")),
     "systematic": Method("Systematic (SyRM)", "one view", 32, 1, _mask("Systematic")),
@@ -67,7 +67,7 @@ METHODS = {
     "complement_pareto": Method(
         "P-POTS Complement", "two views, counts", 32, 2, _PARETO + _mask("Complement")
     ),
-    "standard_64": Method("Standard, twice the rows", "two views", 64, 1, ()),
+    "standard_64": Method("Standard, twice the rows", "twice the rows", 64, 1, ()),
     "count_pareto_64": Method(
         "P-POTS FixedCount, twice the rows",
         "two views, counts",
@@ -84,6 +84,7 @@ TUNED_ON = {
     "one view": "standard",
     "one view, counts": "count",
     "two views": "mirror",
+    "twice the rows": "standard_64",
     "two views, counts": "complement_pareto",
     "autoregressive": "autoregressive",
 }

@@ -6,13 +6,14 @@ Writes docs/study.md between its markers, and docs/study_*.png; the same runs gi
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from benchmarks.study.methods import CAUSES, METHODS, RATES, TUNED_ON, TUNING_SEEDS
 from benchmarks.study.runs import Run, best_rate, read
@@ -293,11 +294,17 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
     for axis, task in zip(_axes(against, len(tasks)), tasks, strict=True):
         file = results / "variance" / f"{task}.json"
         ratios = json.loads(file.read_text())["equal_rows"] if file.is_file() else {}
-        for name, ratio in ratios.items():
-            if (task, name) in runs and name != "clipped":
-                axis.plot(ratio["value"], mean(runs[task, name].accuracy), "o", color="C0")
-                axis.annotate(name, (ratio["value"], mean(runs[task, name].accuracy)), fontsize=6)
-        axis.set(title=task, xlabel="gradient's variance, equal rows", ylabel="right answers, %")
+        points = {}
+        for name in names:
+            base = name.removesuffix("_64")  # twice the rows have half of the variance
+            if (task, name) in runs and base in ratios and name != "clipped":
+                variance = ratios[base]["value"] * METHODS[base].rows / METHODS[name].rows
+                points[name] = variance, mean(runs[task, name].accuracy)
+                axis.plot(*points[name], "o", color="C1" if name in OURS else "C0")
+                axis.annotate(name, points[name], fontsize=6)
+        rank = f": rank correlation {spearman(points.values()):.2f}" if len(points) > 2 else ""
+        axis.set(title=task + rank, xlabel="variance of a step's gradient, Standard = 1")
+        axis.set_ylabel("right answers, %")
 
     curves = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
     shown = ("standard", "ppots_mirror", "count_pareto", "complement_pareto")
@@ -312,6 +319,11 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
         axis.set(title=task, xlabel="step", ylabel="validation NELBO, nats per token", yscale="log")
         axis.legend(fontsize=7)
     return dict(zip(FIGURES, (accuracy, against, curves), strict=True))
+
+
+def spearman(points: Collection[tuple[float, float]]) -> float:
+    """Rank correlation of the pairs."""
+    return float(spearmanr(*zip(*points, strict=True)).statistic)
 
 
 def _axes(figure: Figure, count: int) -> list[Any]:

@@ -75,6 +75,11 @@ class Run(NamedTuple):
         return results / kind / self.task / self.method / f"{self.seed}.json"
 
 
+def missing(runs: list[Run], results: Path) -> list[Run]:
+    """Those without a result, or with one of another learning rate."""
+    return [run for run in runs if (read(run.file(results)) or {}).get("rate") != run.rate]
+
+
 def tuning(tasks: Iterable[str], methods: Iterable[str]) -> list[Run]:
     """The runs that the learning rates are chosen by."""
     families = dict.fromkeys(METHODS[m].family for m in methods)
