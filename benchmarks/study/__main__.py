@@ -52,20 +52,21 @@ def run_all(home: Path, results: Path, given: argparse.Namespace) -> None:
     for name in PRETRAINED:
         if (file := home / name / "model.safetensors").is_file():
             print(f"{name}: sha256 {digest(file)}")
-    for title, wanted in (
-        ("Tuning", lambda: tuning(tasks, methods)),
-        ("Study", lambda: final(results, tasks, methods, given.seeds)),
-        ("Causes", lambda: causes(results, tasks, methods, given.seeds)),
-    ):
-        jobs = [(execute, (run, home, results)) for run in missing(wanted(), results)]
-        in_parallel(jobs, given.workers, title)
-        if title == "Tuning":
-            variances = [
-                (variance, (task, best_rate(results, task, "one view"), home, results))
-                for task in tasks
-                if not (results / "variance" / f"{task}.json").is_file()
-            ]
-            in_parallel(variances, given.workers, "Variances")
+    # Each stage needs the one before: the study's learning rates are those that tuning found.
+    _run(tuning(tasks, methods), "Tuning", home, results, given.workers)
+    variances = [
+        (variance, (task, best_rate(results, task, "one view"), home, results))
+        for task in tasks
+        if not (results / "variance" / f"{task}.json").is_file()
+    ]
+    in_parallel(variances, given.workers, "Variances")
+    _run(final(results, tasks, methods, given.seeds), "Study", home, results, given.workers)
+    _run(causes(results, tasks, methods, given.seeds), "Causes", home, results, given.workers)
+
+
+def _run(runs: list[Run], title: str, home: Path, results: Path, workers: int) -> None:
+    jobs = [(execute, (run, home, results)) for run in missing(runs, results)]
+    in_parallel(jobs, workers, title)
 
 
 def run_part(home: Path, given: argparse.Namespace) -> None:
@@ -75,8 +76,7 @@ def run_part(home: Path, given: argparse.Namespace) -> None:
     if not (home / "pretrained" / "model.safetensors").is_file():
         in_parallel([(pretrain, ("pretrained", home))], 1, "Pretraining")
     runs = final(STORED, ["chain"], ["standard", "ppots_mirror"], 2)
-    jobs = [(execute, (run, home, results)) for run in missing(runs, results)]
-    in_parallel(jobs, given.workers, "Study")
+    _run(runs, "Study", home, results, given.workers)
     print("task    method         seed   accuracy   stored")
     for run in runs:
         here, stored = read(run.file(results)), read(run.file(STORED))

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from benchmarks.study.methods import CAUSES, METHODS, RATES, TUNED_ON, TUNING_SEEDS
-from benchmarks.study.runs import Run, best_rate, read
+from benchmarks.study.runs import Run, best_rate, folder, read
 from benchmarks.study.tasks import SETTINGS
 
 HERE = Path(__file__).parent
@@ -48,8 +48,7 @@ def load(results: Path) -> dict[tuple[str, str], Runs]:
     found = {}
     for task in SETTINGS:
         for method in (*METHODS, *CAUSES):
-            kind = "causes" if method in CAUSES else "runs"
-            files = sorted((results / kind / task / method).glob("*.json"))
+            files = sorted(folder(results, task, method).glob("*.json"))
             by_seed = {int(file.stem): json.loads(file.read_text()) for file in files}
             if by_seed:
                 found[task, method] = Runs(task, method, by_seed)

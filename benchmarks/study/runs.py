@@ -71,8 +71,12 @@ class Run(NamedTuple):
         """Where its result is kept."""
         if self.split == "val":
             return results / "tuning" / self.task / f"{self.method}_{self.rate}_{self.seed}.json"
-        kind = "causes" if self.method in CAUSES else "runs"
-        return results / kind / self.task / self.method / f"{self.seed}.json"
+        return folder(results, self.task, self.method) / f"{self.seed}.json"
+
+
+def folder(results: Path, task: str, method: str) -> Path:
+    """Where a method's runs on the test rows are kept, one file for each seed."""
+    return results / ("causes" if method in CAUSES else "runs") / task / method
 
 
 def missing(runs: list[Run], results: Path) -> list[Run]:
