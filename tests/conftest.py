@@ -12,6 +12,7 @@ import torch
 
 from mdm_plugin.models import ChatTokenizer, llada
 from mdm_plugin.quickstart import prepare_data
+from tests import forks
 
 BIN = Path(sys.executable).parent
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -73,14 +74,14 @@ def command(tmp_path, data_dir):
             **environment,
         }
         env.pop("MDM_TRACEBACK", None)
-        done = subprocess.run(
-            [str(a) for a in arguments],
-            cwd=cwd or tmp_path,
-            env={**env, **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        env |= environment
+        words, where = [str(a) for a in arguments], cwd or tmp_path
+        if words[0] == "tune" and "PYTHONPATH" not in environment:
+            done = forks.tune(words[1:], where, env, timeout)
+        else:
+            done = subprocess.run(
+                words, cwd=where, env=env, capture_output=True, text=True, timeout=timeout
+            )
         if check:
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done

@@ -1,5 +1,6 @@
 """lm-evaluation-harness's tasks in mdm_eval, where the harness is installed."""
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -67,6 +68,12 @@ def run_harness_task(
 
 
 def _manager(settings: dict[str, Any]) -> Any:
+    path = settings.get("include_path") or ()
+    return _tasks(*((path,) if isinstance(path, str) else path))
+
+
+@cache  # it reads thousands of files
+def _tasks(*include_path: str) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=settings.get("include_path"))
+    return TaskManager(include_path=list(include_path))

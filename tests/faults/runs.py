@@ -5,7 +5,6 @@ removal of saving), and a fault happens at the event of a given number. Processe
 server that has already imported the recipe, so that twenty runs take seconds each.
 """
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,9 +13,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.forks import context
+
 TINY = Path(__file__).parents[1] / "tiny.yaml"
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.runs", "mdm_full_finetune"])
 
 
 class Fault(NamedTuple):
@@ -46,9 +45,9 @@ def run(given, ranks=1, fault=None, log=None, **more):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    queue = _context.SimpleQueue()
+    queue = context.SimpleQueue()
     children = [
-        _context.Process(target=_rank, args=(given, rank, ranks, port, fault, log, queue, more))
+        context.Process(target=_rank, args=(given, rank, ranks, port, fault, log, queue, more))
         for rank in range(ranks)
     ]
     for child in children:
