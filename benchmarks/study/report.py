@@ -252,22 +252,28 @@ def table_of_variance(results: Path) -> list[str]:
 def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
     """Each method with one thing changed, beside the method it is like, over common seeds."""
     lines = [
-        "| method, and what was changed | task | as in the study | changed | difference, points |",
-        "|---|---|---|---|---|",
+        "| method, and what was changed | task | as in the study | changed | difference, points | "
+        "nats per token |",
+        "|---|---|---|---|---|---|",
     ]
     for name, cause in CAUSES.items():
         for task in SETTINGS:
             if (task, name) not in runs or (task, cause.like) not in runs:
                 continue
             before, after = runs[task, cause.like], runs[task, name]
+            common = before.by_seed.keys() & after.by_seed.keys()
             difference, low, high = paired(before, after)
             cells = [
                 f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
                 for values in (before.accuracy, after.accuracy)
             ]
+            nats = [
+                mean(run["nats_per_token"] for seed, run in x.by_seed.items() if seed in common)
+                for x in (before, after)
+            ]
             lines.append(
                 f"| {METHODS[cause.like].label}: {cause.change} | {task} | {' | '.join(cells)} | "
-                f"{difference:+.1f} ({low:+.1f} to {high:+.1f}) |"
+                f"{difference:+.1f} ({low:+.1f} to {high:+.1f}) | {nats[0]:.3f} to {nats[1]:.3f} |"
             )
     return lines
 

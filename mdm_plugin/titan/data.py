@@ -58,7 +58,7 @@ class MaskedLoader(BaseDataLoader):
         """Dotted path of what reads rows, with arguments: path={"column": "text"}."""
         timesteps: str = "mdm_plugin.timesteps.Stratified"
         """The sampler of t, likewise."""
-        masking: str = "mdm_plugin.masking.Bernoulli"
+        masking: str = "mdm_plugin.masking.FixedCount"
         """The sampler of masks, likewise."""
         train_eos_padding: bool = True
         """LLaDA: EOS fills the rows of a global batch and is learnt; else filling is ignored."""
