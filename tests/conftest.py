@@ -71,11 +71,11 @@ def command(tmp_path, data_dir):
             "OMP_NUM_THREADS": "1",
             **os.environ,
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            **environment,
         }
         env.pop("MDM_TRACEBACK", None)
         env |= environment
         words, where = [str(a) for a in arguments], cwd or tmp_path
+        # PYTHONPATH is read when Python starts, so it needs a Python of its own.
         if words[0] == "tune" and "PYTHONPATH" not in environment:
             done = forks.tune(words[1:], where, env, timeout)
         else:

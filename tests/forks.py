@@ -1,4 +1,4 @@
-"""Commands of torchtune's `tune` in processes from a fork server that has imported the recipes.
+"""The fork server that has imported the recipes, and torchtune's `tune` in processes from it.
 
 What is imported takes longer than most of the tests' runs.
 """
@@ -10,10 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from torchtune._cli.tune import main
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
-        *("tests.forks", "tests.faults.runs", "torchtune._cli.tune"),
+        *("tests.forks", "tests.faults.runs"),
         *("mdm_full_finetune", "mdm_lora_finetune", "mdm_eval", "mdm_generate", "mdm_variance"),
     ]
 )
@@ -40,9 +43,6 @@ def _tune(arguments, cwd, env, out, err):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    import torch
-    from torchtune._cli.tune import main
-
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     sys.argv = ["tune", *arguments]
     sys.exit(main())

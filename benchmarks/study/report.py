@@ -55,10 +55,15 @@ def load(results: Path) -> dict[tuple[str, str], Runs]:
     return found
 
 
+def common_seeds(a: Runs, b: Runs) -> list[int]:
+    """Those that both have runs of."""
+    return sorted(a.by_seed.keys() & b.by_seed.keys())
+
+
 def paired(a: Runs, b: Runs, draws: int = 2000) -> tuple[float, float, float]:
     """Mean of b − a in points over common seeds, and its 95 % interval: a bootstrap over seeds and
     test rows."""
-    seeds = sorted(set(a.by_seed) & set(b.by_seed))
+    seeds = common_seeds(a, b)
     before, after = (
         torch.tensor([[int(x) for x in runs.by_seed[s]["correct"]] for s in seeds]).double()
         for runs in (a, b)
@@ -139,7 +144,7 @@ def table_of_differences(runs: dict[tuple[str, str], Runs], baseline: str) -> li
         pairs = [
             100 * (b.by_seed[seed]["accuracy"] - a.by_seed[seed]["accuracy"])
             for a, b in both
-            for seed in sorted(set(a.by_seed) & set(b.by_seed))
+            for seed in common_seeds(a, b)
         ]
         p_values[name] = sign_flip(pairs)
         half = math.sqrt(sum(((high - low) / 2) ** 2 for _, low, high in parts)) / len(parts)
@@ -228,13 +233,15 @@ def table_of_tuning(results: Path) -> list[str]:
     return lines
 
 
+def variances(results: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """By task and method, the variance of a step's gradient at equal rows, with its interval."""
+    files = {task: results / "variance" / f"{task}.json" for task in SETTINGS}
+    return {task: found["equal_rows"] for task, file in files.items() if (found := read(file))}
+
+
 def table_of_variance(results: Path) -> list[str]:
     """The gradient's variance by method and task, equal rows and equal forwards."""
-    found = {
-        task: json.loads(file.read_text())["equal_rows"]
-        for task in SETTINGS
-        if (file := results / "variance" / f"{task}.json").is_file()
-    }
+    found = variances(results)
     if not found:
         return []
     lines = ["| method | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
@@ -261,14 +268,13 @@ def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
             if (task, name) not in runs or (task, cause.like) not in runs:
                 continue
             before, after = runs[task, cause.like], runs[task, name]
-            common = before.by_seed.keys() & after.by_seed.keys()
             difference, low, high = paired(before, after)
             cells = [
                 f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
                 for values in (before.accuracy, after.accuracy)
             ]
             nats = [
-                mean(run["nats_per_token"] for seed, run in x.by_seed.items() if seed in common)
+                mean(x.by_seed[seed]["nats_per_token"] for seed in common_seeds(before, after))
                 for x in (before, after)
             ]
             lines.append(
@@ -295,10 +301,10 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
         axis.set(title=task, xlabel="right answers, % of 500")
         axis.label_outer()
 
+    measured = variances(results)
     against = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
     for axis, task in zip(_axes(against, len(tasks)), tasks, strict=True):
-        file = results / "variance" / f"{task}.json"
-        ratios = json.loads(file.read_text())["equal_rows"] if file.is_file() else {}
+        ratios = measured.get(task, {})
         points = {}
         for name in names:
             base = name.removesuffix("_64")  # twice the rows have half of the variance
