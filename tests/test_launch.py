@@ -43,6 +43,29 @@ def test_titan_script_trains_on_a_node_of_two_ranks(command, data_dir, tmp_path)
     assert (tmp_path / "out" / "checkpoint" / "step-2").is_dir()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are read from /proc")
+@pytest.mark.parametrize("trainer", ["recipe", "torchtitan"])
+def test_no_thread_of_gloo_outlives_the_run(command, data_dir, tmp_path, trainer):
+    """Before Python 3.14 such a thread can abort a process that has done all its work."""
+    if trainer == "recipe":
+        module = ("mdm_full_finetune", "--config", TINY, f"data_dir={data_dir}")
+        module += (f"output_dir={tmp_path / 'out'}", "max_steps_per_epoch=1")
+    else:
+        pytest.importorskip("torchtitan")
+        (tmp_path / "quickstart").symlink_to(data_dir)
+        module = ("torchtitan.train", "--module", "mdm_plugin.titan.llada")
+        module += ("--config", "llada_debugmodel", "--training.steps", "1")
+        module += ("--dump_folder", tmp_path / "out")
+    project = Path(__file__).parents[1]
+    done = command(
+        *(BIN / "torchrun", "--nproc_per_node", "2", "--master_port", free_port()),
+        *("-m", "tests.threads", *module),
+        MDM_PLUGIN_HOME=str(tmp_path),
+        PYTHONPATH=f"{project}{os.pathsep}{project / 'recipes'}",
+    )
+    assert done.stdout.count("left: []") == 2, done.stdout
+
+
 @pytest.mark.parametrize("in_time", [True, False])
 def test_slurm_job_requeues_itself_when_its_time_is_up(tmp_path, in_time):
     """srun runs the script here; a script that takes too long gets SIGTERM by way of USR1."""

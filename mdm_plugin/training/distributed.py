@@ -1,5 +1,7 @@
 """One process or many: process group, device mesh, and models that are born sharded."""
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -111,6 +113,21 @@ def distributed(
         raise
     finally:
         dist.destroy_process_group()
+
+
+@atexit.register
+def _end_process_groups() -> None:
+    """Free the groups that ``destroy_process_group`` has closed, and so end gloo's threads.
+
+    Before Python 3.14, one that still lets go of a tensor while Python ends aborts the process
+    ("terminate called without an active exception"), and torchrun calls the whole run failed.
+    A group lives as long as its meshes, and DTensor's caches of shardings keep those.
+    """
+    if not dist.is_available() or dist.is_initialized() or not training.is_distributed():
+        return
+    gc.collect()
+    for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()
 
 
 def build_model(
