@@ -117,6 +117,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def torchrun(command, ranks, *arguments, home, check=True):
+    """``command`` of a module on some ranks, with the tests' modules among those it finds."""
+    return command(
+        BIN / "torchrun",
+        *("--nproc_per_node", ranks, "--master_addr", "localhost", "--master_port", free_port()),
+        "-m",
+        *arguments,
+        check=check,
+        MDM_PLUGIN_HOME=str(home),
+        PYTHONPATH=str(Path(__file__).parents[1]),
+    )
+
+
 def scalars(output_dir: Path) -> dict[str, list[float]]:
     """All TensorBoard scalars under a run's directory, in the order of steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

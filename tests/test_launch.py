@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, TINY, free_port
+from tests.conftest import BIN, TINY, free_port, torchrun
 
 LAUNCH = Path(__file__).parents[1] / "docs" / "launch"
+TITAN = ("--module", "mdm_plugin.titan.llada", "--config", "llada_debugmodel")
 
 
 def test_tune_script_trains_on_a_node_of_two_ranks(command, data_dir, tmp_path):
@@ -30,9 +31,8 @@ def test_titan_script_trains_on_a_node_of_two_ranks(command, data_dir, tmp_path)
     pytest.importorskip("torchtitan")
     (tmp_path / "quickstart").symlink_to(data_dir)
     done = command(
-        *("bash", LAUNCH / "titan.sh", "--module", "mdm_plugin.titan.llada"),
-        *("--config", "llada_debugmodel", "--training.steps", "2"),
-        *("--dump_folder", tmp_path / "out"),
+        *("bash", LAUNCH / "titan.sh", *TITAN),
+        *("--training.steps", "2", "--dump_folder", tmp_path / "out"),
         HEAD=f"localhost:{free_port()}",
         NODES="1",
         GPUS="2",
@@ -53,16 +53,9 @@ def test_no_thread_of_gloo_outlives_the_run(command, data_dir, tmp_path, trainer
     else:
         pytest.importorskip("torchtitan")
         (tmp_path / "quickstart").symlink_to(data_dir)
-        module = ("torchtitan.train", "--module", "mdm_plugin.titan.llada")
-        module += ("--config", "llada_debugmodel", "--training.steps", "1")
-        module += ("--dump_folder", tmp_path / "out")
-    project = Path(__file__).parents[1]
-    done = command(
-        *(BIN / "torchrun", "--nproc_per_node", "2", "--master_port", free_port()),
-        *("-m", "tests.threads", *module),
-        MDM_PLUGIN_HOME=str(tmp_path),
-        PYTHONPATH=f"{project}{os.pathsep}{project / 'recipes'}",
-    )
+        module = ("torchtitan.train", *TITAN)
+        module += ("--training.steps", "1", "--dump_folder", tmp_path / "out")
+    done = torchrun(command, 2, "tests.threads", *module, home=tmp_path)
     assert done.stdout.count("left: []") == 2, done.stdout
 
 

@@ -273,9 +273,9 @@ def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
                 f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
                 for values in (before.accuracy, after.accuracy)
             ]
+            seeds = common_seeds(before, after)
             nats = [
-                mean(x.by_seed[seed]["nats_per_token"] for seed in common_seeds(before, after))
-                for x in (before, after)
+                mean(x.by_seed[seed]["nats_per_token"] for seed in seeds) for x in (before, after)
             ]
             lines.append(
                 f"| {METHODS[cause.like].label}: {cause.change} | {task} | {' | '.join(cells)} | "

@@ -123,7 +123,7 @@ def _end_process_groups() -> None:
     ("terminate called without an active exception"), and torchrun calls the whole run failed.
     A group lives as long as its meshes, and DTensor's caches of shardings keep those.
     """
-    if not dist.is_available() or dist.is_initialized() or not training.is_distributed():
+    if dist.is_initialized() or not training.is_distributed():
         return
     gc.collect()
     for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:

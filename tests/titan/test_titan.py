@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints import oracle, write
-from tests.conftest import BIN, free_port, scalars
+from tests.conftest import BIN, free_port, scalars, torchrun
 
 pytest.importorskip("torchtitan")
 
@@ -76,18 +76,6 @@ def titan(command, home, data_dir, tmp_path):
         }
 
     return run
-
-
-def torchrun(command, ranks, *arguments, home, check=True):
-    return command(
-        BIN / "torchrun",
-        *("--nproc_per_node", ranks, "--master_addr", "localhost", "--master_port", free_port()),
-        "-m",
-        *arguments,
-        check=check,
-        MDM_PLUGIN_HOME=str(home),
-        PYTHONPATH=str(Path(__file__).parents[2]),
-    )
 
 
 def method(timesteps, masking):
