@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python -m mdm_plugin.demo
+	$(BIN)/python -m mdm_plugin.quickstart.demo
 
 test: lint types tests
 

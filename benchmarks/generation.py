@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
 from mdm_plugin.data.prompts import read_prompts
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.world import World
 from mdm_plugin.evaluation import exact_match
 from mdm_plugin.generation import Decoding, Threshold, generate
 from mdm_plugin.models import ChatTokenizer, llada
-from mdm_plugin.quickstart import verify
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model
-from mdm_plugin.training.options import Options
-from mdm_plugin.training.weights import Weights
+from mdm_plugin.quickstart.data import verify
 
 
 def ways(block: int, few: dict[str, Any], name: str) -> dict[str, Decoding]:

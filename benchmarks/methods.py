@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from mdm_plugin.demo import measure
-from mdm_plugin.quickstart import prepare
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model
-from mdm_plugin.training.options import Options
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.world import World
+from mdm_plugin.quickstart.data import prepare
+from mdm_plugin.quickstart.demo import measure
 
 SEEDS = (42, 731, 20231)
 STEPS = 1840

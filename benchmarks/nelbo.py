@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
 from mdm_plugin.data import Rows, chat_dataset
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.world import World
 from mdm_plugin.evaluation.nelbo import bounds
 from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model
-from mdm_plugin.training.options import Options
-from mdm_plugin.training.weights import Weights
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,13 @@ import torch
 from torch import nn
 from training import plain_loss, plain_model
 
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
 from mdm_plugin.data import GlobalBatches, chat_dataset
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.world import World
 from mdm_plugin.evaluation import nelbo
 from mdm_plugin.masking import Bernoulli
 from mdm_plugin.models import ChatTokenizer
@@ -30,10 +36,6 @@ from mdm_plugin.models.naming import FAMILIES
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training import get_linear_schedule_with_warmup
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model
-from mdm_plugin.training.options import Options
-from mdm_plugin.training.weights import Weights
 
 CPU = torch.device("cpu")
 EPOCHS = 40

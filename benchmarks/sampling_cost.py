@@ -12,13 +12,16 @@ import time
 
 import torch
 
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
 from mdm_plugin.data import GlobalBatches
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.parameters import initialize_parameters
+from mdm_plugin.distributed.world import World
 from mdm_plugin.masking import Bernoulli, Complement, FixedCount, Mirror, Systematic
 from mdm_plugin.noise import keyed_generator, keyed_uniform
 from mdm_plugin.timesteps import Density, ParetoOptimal
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model, initialize_parameters
-from mdm_plugin.training.options import Options
 from mdm_plugin.training.step import backward, corrupt, global_normalizer
 
 STEPS = 40

@@ -32,12 +32,12 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
 from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli
 from mdm_plugin.models import llada
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Stratified
-from mdm_plugin.training.distributed import World
 from mdm_plugin.training.in_backward import StepInBackward
 from mdm_plugin.training.step import Corrupted, backward, corrupt, global_normalizer, pack
 
@@ -362,8 +362,8 @@ def a_recipe(given: Any, *overrides: str) -> Any:
     """The quickstart's recipe, set up, from random weights."""
     import mdm_full_finetune
 
-    from mdm_plugin.training.config import load_config
-    from mdm_plugin.training.options import Options
+    from mdm_plugin.config.loading import load_config
+    from mdm_plugin.config.options import Options
 
     own = [
         *("timesteps=mdm_plugin.timesteps.Stratified", f"output_dir={given.output}/recipe"),
@@ -414,7 +414,8 @@ def recipe_(given: Any) -> dict[str, Any]:
 
 def compiled(given: Any) -> dict[str, Any]:
     """Compiled layers and loss over eager ones, at the quickstart's size, packed and padded."""
-    from mdm_plugin.training.distributed import build_model, initialize_parameters
+    from mdm_plugin.distributed.build import build_model
+    from mdm_plugin.distributed.parameters import initialize_parameters
 
     world = World(0, 1, torch.device(given.device), None)
     generator = torch.Generator().manual_seed(2)

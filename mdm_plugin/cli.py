@@ -3,10 +3,8 @@
 import sys
 from pathlib import Path
 
-from torchtune import _recipe_registry
-from torchtune._cli.tune import TuneCLIParser
-
-from mdm_plugin.training.config import config_names, configs_directory
+from mdm_plugin.config.loading import config_names, configs_directory
+from mdm_plugin.torchtune_internals import Config, Recipe, command_line, get_all_recipes
 
 RECIPES = ("mdm_full_finetune", "mdm_lora_finetune", "mdm_variance", "mdm_generate", "mdm_eval")
 
@@ -34,17 +32,17 @@ def register() -> None:
 
     torchtune joins a recipe's path to its own directory, which leaves an absolute path as it is.
     """
-    registry = _recipe_registry.get_all_recipes()
+    registry = get_all_recipes()
     known = {recipe.name for recipe in registry}
     for position, name in enumerate(RECIPES):
         if name in known:
             continue
         configs = [
-            _recipe_registry.Config(name=config, file_path=f"{configs_directory() / config}.yaml")
+            Config(name=config, file_path=f"{configs_directory() / config}.yaml")
             for config in config_names()
             if recipe_of(config) == name
         ]
-        recipe = _recipe_registry.Recipe(
+        recipe = Recipe(
             name=name, file_path=str(recipe_file(name)), configs=configs, supports_distributed=True
         )
         registry.insert(position, recipe)
@@ -53,8 +51,7 @@ def register() -> None:
 def main() -> None:
     """Run torchtune's CLI under the name ``mdm``."""
     register()
-    parser = TuneCLIParser()
-    parser._parser.prog = "mdm"
+    parser = command_line("mdm")
     if sys.argv[1:2] == ["validate"] and len(sys.argv) > 2:
         # torchtune's own takes a path alone; the other subcommands take names.
         name = sys.argv[2]

@@ -11,7 +11,7 @@ cross-entropies, which have no weight for each position).
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 class Targets(NamedTuple):
     """What the model has to predict: M masked positions of a batch of B = V·R sequences.
 
-    positions: [M], long. Index into the flattened [B · L] hidden states to predict from.
+    positions: [M], long. Index into the flattened [B · L] tokens. From which hidden state a model
+        predicts a position is its own affair (``MDMTransformer.shift``).
     labels: [M], long. The clean tokens.
     rows: [M], long. The sequence, in 0..B−1, that each belongs to.
     weights: [M], fp32. Each one's weight in the loss, before the global normaliser.
@@ -37,14 +38,19 @@ class Targets(NamedTuple):
 
 
 class LinearHead(NamedTuple):
-    """A head h·Wᵀ that does a chunk's work its own way: one whose W is split over ranks.
+    """A head h·Wᵀ by its matrix: one tied to the embeddings, or one whose W is split over ranks.
 
     weight: [V, D], or this rank's part of it.
-    chunk: (h [c, D], weight, labels [c], weights [c]) → CE [c], and weights · ∂CE/∂logits [c, V].
+    chunk: (h [c, D], weight, labels [c], weights [c]) → CE [c], and weights · ∂CE/∂logits [c, V];
+        None for the plain way.
     """
 
     weight: Tensor
-    chunk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    chunk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Logits [*, V] of h [*, D], for a weight that is whole."""
+        return F.linear(h, self.weight)
 
 
 class MDMLoss(nn.Module):
@@ -60,8 +66,6 @@ class MDMLoss(nn.Module):
             sums: biased by O(1 / global batch), and with ``weight="ones"`` a different
             objective, one that weights a mask by how many positions it covers.
         weight: ``"inverse_p"`` for 1/p, ``"ones"`` for none (not an estimator of J).
-        shift: predict the token at i from position i − 1 (Dream). Position 0 predicts itself,
-            as in Dream's released code.
         chunk_size: masked positions per pass of the LM head; ``chunk_size`` × vocabulary
             logits exist at a time.
 
@@ -73,7 +77,6 @@ class MDMLoss(nn.Module):
         self,
         normalize: Literal["response", "tokens", "masked"] = "response",
         weight: Literal["inverse_p", "ones"] = "inverse_p",
-        shift: bool = False,
         chunk_size: int = 1024,
     ) -> None:
         super().__init__()
@@ -85,7 +88,6 @@ class MDMLoss(nn.Module):
             raise ValueError(f"chunk_size is {chunk_size}: use 1 or more")
         self.normalize = normalize
         self.weight = weight
-        self.shift = shift
         self.chunk_size = chunk_size
         self._chunk: Callable[..., tuple[Tensor, Tensor]] = _chunk
 
@@ -110,9 +112,8 @@ class MDMLoss(nn.Module):
         if self.normalize != "masked":  # that normaliser counts every view's tokens itself
             row_weight = row_weight / views
         sequence, position = mask.reshape(views * rows, length).nonzero(as_tuple=True)
-        source = (position - 1).clamp(min=0) if self.shift else position
         return Targets(
-            positions=sequence * length + source,
+            positions=sequence * length + position,
             labels=tokens[sequence % rows, position],
             rows=sequence,
             weights=row_weight.reshape(-1)[sequence].float(),
@@ -134,7 +135,8 @@ class MDMLoss(nn.Module):
 
         Args:
             output: the LM head, [*, D] → [*, V]; or a ``LinearHead``.
-            hidden: [B, L, D], the final hidden states; or [M, D], those of ``targets.positions``.
+            hidden: [M, D], the final hidden states that ``targets.positions`` are predicted
+                from; or [B, L, D], where each position predicts itself.
             targets: what ``targets`` gave, on hidden's device.
 
         Returns:
@@ -145,15 +147,19 @@ class MDMLoss(nn.Module):
         picked = hidden
         if hidden.ndim == 3:
             picked = hidden.flatten(0, 1).index_select(0, targets.positions)
-        rest = (targets.labels, targets.weights, self.chunk_size)
-        head, wanted = output, torch.is_grad_enabled()
-        if not isinstance(head, LinearHead):
-            weight = _plain_weight(head)
-            if weight is None:
-                trained = [p for p in head.parameters() if p.requires_grad]
-                return _HeadCrossEntropy.apply(picked, head, *rest, wanted, *trained)
-            head = LinearHead(weight, self._chunk)
-        return _LinearCrossEntropy.apply(picked, head.weight, *rest, head.chunk, wanted)
+        labels, weights, wanted = targets.labels, targets.weights, torch.is_grad_enabled()
+        if isinstance(output, LinearHead):
+            head = output
+        elif _is_plain(output):
+            head = LinearHead(output.weight)
+        else:
+            trained = [p for p in output.parameters() if p.requires_grad]
+            return _HeadCrossEntropy.apply(
+                picked, output, labels, weights, self.chunk_size, wanted, *trained
+            )
+        return _LinearCrossEntropy.apply(
+            picked, head.weight, labels, weights, self.chunk_size, head.chunk or self._chunk, wanted
+        )
 
     def compile_chunks(self, backend: str = "inductor") -> None:
         """torch.compile of the work on a chunk.
@@ -164,13 +170,13 @@ class MDMLoss(nn.Module):
         self._chunk = torch.compile(_chunk, dynamic=False, backend=backend)
 
 
-def _plain_weight(head: nn.Module) -> Tensor | None:
-    """W of a head that is h·Wᵀ, by itself or tied to another module's; None for any other."""
-    tied = getattr(head, "tied_module", None)
-    if tied is not None:
-        return tied.weight
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    return head.weight if plain and head.bias is None else None
+def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a head is h·Wᵀ and nothing else."""
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and head.bias is None
+    )
 
 
 def _chunk(h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,31 +6,14 @@ with t [R] in (0, 1), noise u [R, L] of U(0, 1), and eligible [R, L] (bool: the 
 prompt and padding are never masked) gives V masked views of each row and the factor that
 makes each of them unbiased (``Views``). R rows, L positions, V views per row; V forwards.
 
-Noise comes in as an argument, so that it can be a function of (seed, step, place).
-To add a mask, write a class with this ``__call__`` and name it in the config by dotted path.
-One whose views depend on t through the count ⌊t·N⌋ + 1 alone says ``by_count = True``, and gets
-the weight of the count in place of the weight of t (``timesteps.count_weight``).
+To add one, write a ``Masking`` (``mdm_plugin.contract`` says all that it declares) and name it in
+the config by dotted path.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Views(NamedTuple):
-    """V masked views of each of R rows.
-
-    mask: [V, R, L], bool, true where the token is to be predicted.
-    inverse_p: [V, R], fp64, 1 / (the share of positions masked in expectation). The row loss
-        of view v is ``inverse_p[v] / N · Σ CE`` over its masked positions, and the estimator
-        is the mean over views.
-    hidden: [V, R, L], bool, true where the model sees the mask token; None for ``mask`` itself.
-    """
-
-    mask: Tensor
-    inverse_p: Tensor
-    hidden: Tensor | None = None
+from mdm_plugin.contract import Masking, Views
 
 
 def masking_rate(t: Tensor, eps: float = 1e-3) -> Tensor:
@@ -46,8 +29,8 @@ def masked_count(t: Tensor, n: Tensor) -> Tensor:
     return ((t * n).long() + 1).minimum(n)
 
 
-def ranks(u: Tensor, eligible: Tensor) -> Tensor:
-    """Each eligible position's rank in its row's order of u: a uniform permutation of 0..N−1.
+def random_order(u: Tensor, eligible: Tensor) -> Tensor:
+    """Each eligible position's place in its row's order of u: a uniform permutation of 0..N−1.
 
     The positions that are not eligible come after. [R, L], long.
     """
@@ -55,7 +38,7 @@ def ranks(u: Tensor, eligible: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, torch.arange(u.shape[1]).expand_as(order))
 
 
-class Bernoulli:
+class Bernoulli(Masking):
     """Each eligible position is masked independently with p(t): m_i = 1[u_i < p].
 
     The paper's *Standard*, and LLaDA's forward process.
@@ -70,7 +53,7 @@ class Bernoulli:
         return Views(mask[None], 1 / p[None])
 
 
-class Mirror:
+class Mirror(Masking):
     """A pair of negatively correlated masks from the same u, x0 and t (the paper's *MIRROR*).
 
         m1_i = 1[u_i < p],   m2_i = 1[u_i > 1 − p],   loss (l1 + l2) / 2
@@ -81,6 +64,8 @@ class Mirror:
     the masking pattern, and costs two forwards per row.
     """
 
+    views = 2
+
     def __init__(self, eps: float = 1e-3) -> None:
         self.eps = eps
 
@@ -90,13 +75,15 @@ class Mirror:
         return Views(mask, (1 / p).expand(2, -1))
 
 
-class Independent:
+class Independent(Masking):
     """A pair of independent masks from the same x0 and t, loss (l1 + l2) / 2: a control.
 
     What MIRROR gains over this is due to the negative correlation; the rest of its gain is that
     of a second forward. The second noise is u's lower 27 bits, which are independent of the
     upper 26: u' = 2²⁶·u mod 1 (the first mask is decided by the upper bits but for 2⁻²⁶).
     """
+
+    views = 2
 
     def __init__(self, eps: float = 1e-3) -> None:
         self.eps = eps
@@ -108,10 +95,10 @@ class Independent:
         return Views(mask, (1 / p).expand(2, -1))
 
 
-class Systematic:
+class Systematic(Masking):
     """Systematic sampling: a grid of step 1/p with one offset, over a random permutation.
 
-    With p = t and o ~ U(0, 1) per row, the position of rank r is masked if the grid has a point
+    With p = t and o ~ U(0, 1) per row, the position at place r is masked if the grid has a point
     in (r, r + 1]: ⌊(r + 1)·p + o⌋ − ⌊r·p + o⌋ = 1. Each marginal is p, and the count l =
     ⌊N·p + o⌋ is ⌊N·p⌋ or ⌈N·p⌉: the count's own noise, a part of A, is gone. Our reading of the
     paper's *SyRM*, of which only the name and that it acts on A are known to us.
@@ -128,15 +115,15 @@ class Systematic:
     def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
         n = eligible.sum(1)
         offset = (u.masked_fill(~eligible, 0).sum(1) % 1)[:, None]
-        rank, p = ranks(u, eligible), t[:, None]
-        points = torch.floor((rank + 1) * p + offset) - torch.floor(rank * p + offset)
+        place, p = random_order(u, eligible), t[:, None]
+        points = torch.floor((place + 1) * p + offset) - torch.floor(place * p + offset)
         mask = (points > 0) & eligible
         count = mask.sum(1)
         weight = torch.where(count == n, 2.0, n / count.clamp(min=1)).to(t.dtype)
         return Views(mask[None], weight[None])
 
 
-class FixedCount:
+class FixedCount(Masking):
     """Exactly l positions are masked, l ~ U{1..N}, each set of l equally likely; weight N/l.
 
     The objective with t integrated out (eps = 0; LLaDA's Eq. 6): ∫₀¹ t^(l−1) (1 − t)^(N−l) dt
@@ -156,11 +143,11 @@ class FixedCount:
     def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
         n = eligible.sum(1)
         count = masked_count(t, n)
-        mask = (ranks(u, eligible) < count[:, None]) & eligible
+        mask = (random_order(u, eligible) < count[:, None]) & eligible
         return Views(mask[None], (n / count.clamp(min=1)).to(t.dtype)[None])
 
 
-class Complement:
+class Complement(Masking):
     """A pair over one random permutation: its first l positions, and its last l' = N + 1 − l.
 
     l and l' are both U{1..N}, so each view, with weight N/l and N/l', is ``FixedCount`` and the
@@ -173,18 +160,19 @@ class Complement:
     same at l and N + 1 − l; ``ParetoOptimal`` probes the pair.
     """
 
+    views = 2
     by_count = True
 
     def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
         n = eligible.sum(1)
         first = masked_count(t, n)
         last = n + 1 - first
-        rank = ranks(u, eligible)
-        mask = torch.stack((rank < first[:, None], rank >= (n - last)[:, None])) & eligible
+        place = random_order(u, eligible)
+        mask = torch.stack((place < first[:, None], place >= (n - last)[:, None])) & eligible
         return Views(mask, torch.stack((n / first.clamp(min=1), n / last)).to(t.dtype))
 
 
-class Rotation:
+class Rotation(Masking):
     """k masks from one u: MIRROR to k views, loss (l1 + … + lk) / k, k forwards per row.
 
     With Bernoulli masks, m_j = 1[(u + j/k) mod 1 < p]: each alone is Bernoulli(p), and a position
@@ -204,7 +192,7 @@ class Rotation:
     def __init__(self, k: int = 2, fixed_count: bool = False, eps: float = 1e-3) -> None:
         if k < 2:
             raise ValueError(f"k is {k}: a rotation has 2 views or more")
-        self.k = k
+        self.k = self.views = k
         self.by_count = fixed_count
         self.eps = eps
 
@@ -217,19 +205,20 @@ class Rotation:
         n = eligible.sum(1)
         count = masked_count(t, n)
         ring = n.clamp(min=1)[:, None]
-        place = (ranks(u, eligible) - turn * ring // self.k) % ring
+        place = (random_order(u, eligible) - turn * ring // self.k) % ring
         mask = (place < count[:, None]) & eligible
         return Views(mask, (n / count.clamp(min=1)).to(t.dtype).expand(self.k, -1))
 
 
-class NextToken:
+class NextToken(Masking):
     """Not diffusion: an autoregressive model's loss, the line to compare variances with.
 
     Every eligible token is predicted from the clean tokens before it: no masking pattern and no
-    masking rate, so A = B = 0. Needs a causal model and ``loss.shift: True``; t is not used.
+    masking rate, so A = B = 0. Needs a causal model; t is not used.
     """
 
     causal = True
+    uses_t = False
 
     def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
         return Views(

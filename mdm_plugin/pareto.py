@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
-from mdm_plugin.timesteps import Density, uniform_density
+from mdm_plugin.density import Density, uniform_density
 
 STARTS = 20  # of L-BFGS-B, as in the paper
 KNOTS = 1025  # of a fitted EPR's density; closer together near 0, where it may be steep

@@ -2,21 +2,24 @@
 
 A sampler is called once per optimizer step for the whole global batch:
 
-    t, weight = sampler(n, generator)        # both [n], fp64
+    t, weight, density = sampler(n, generator)        # t and weight [n], fp64
 
 with n = rows × ranks × accumulation steps, and every rank keeps the rows that are its own.
 E over the sampler of ``weight · f(t)`` equals ∫₀¹ f(t) dt for every f: that is what makes
 each of them an estimator of the same objective.
 
-To add one, write a class with this ``__call__`` and name it in the config by dotted path. One
-that draws from a density q keeps it as ``density``; one that learns from the losses has
-``update``; both save what they learnt by ``state_dict`` and ``load_state_dict``.
+To add one, write a ``TimestepSampler`` (``mdm_plugin.contract`` says all that it may offer) and
+name it in the config by dotted path.
 """
 
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
+
+from mdm_plugin import pareto
+from mdm_plugin.contract import Fitted, Probe, ProbePlan, Times, TimestepSampler
+from mdm_plugin.density import Density, uniform_density
 
 
 def stratified_uniform(n: int, generator: Generator) -> Tensor:
@@ -29,91 +32,17 @@ def stratified_uniform(n: int, generator: Generator) -> Tensor:
     return (strata + torch.rand(n, generator=generator, dtype=torch.float64)) / n
 
 
-class Density:
-    """A probability density on [0, 1], linear between knots: pdf, cdf and quantile are exact.
-
-    Args:
-        knots: [K], increasing, from 0 to 1.
-        values: [K], > 0, the density at the knots up to a factor.
-
-    Raises:
-        ValueError: on knots that are not so, or a value that is not positive and finite.
-    """
-
-    def __init__(self, knots: Tensor, values: Tensor) -> None:
-        self.knots, values = knots.double(), values.double()
-        if self.knots[0] != 0 or self.knots[-1] != 1 or not (self.knots.diff() > 0).all():
-            raise ValueError("the knots of a density increase from 0 to 1")
-        if not ((values > 0) & values.isfinite()).all():
-            raise ValueError("a density is positive and finite at each of its knots")
-        total = torch.trapezoid(values, self.knots)
-        # A density that comes back from a checkpoint is the same to the last bit.
-        self.values = values if abs(float(total) - 1) < 1e-12 else values / total
-        steps = self.knots.diff() * (self.values[1:] + self.values[:-1]) / 2
-        self._cdf = torch.cat((torch.zeros(1, dtype=torch.float64), steps.cumsum(0)))
-        self._slopes = self.values.diff() / self.knots.diff()
-
-    def mixed(self, weight: float) -> "Density":
-        """(1 − weight)·q + weight: at least ``weight`` everywhere, so 1/q ≤ 1/weight."""
-        return Density(self.knots, (1 - weight) * self.values + weight)
-
-    def _segment(self, edges: Tensor, x: Tensor) -> Tensor:
-        return (torch.searchsorted(edges, x, right=True) - 1).clamp(0, len(self._slopes) - 1)
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """q(t)."""
-        k = self._segment(self.knots, t)
-        return self.values[k] + self._slopes[k] * (t - self.knots[k])
-
-    def cdf(self, t: Tensor) -> Tensor:
-        """∫ q over [0, t]."""
-        k = self._segment(self.knots, t)
-        d = t - self.knots[k]
-        return self._cdf[k] + d * (self.values[k] + self._slopes[k] * d / 2)
-
-    def quantile(self, u: Tensor) -> Tensor:
-        """The t at which the cdf is u."""
-        u = u * self._cdf[-1]  # 1, but for rounding
-        k = self._segment(self._cdf, u)
-        rest, left = u - self._cdf[k], self.values[k]
-        # The root of left·d + slope·d²/2 = rest, in the form that does not cancel.
-        d = 2 * rest / (left + (left * left + 2 * self._slopes[k] * rest).clamp(min=0).sqrt())
-        return torch.minimum(self.knots[k] + d, self.knots[k + 1])
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """Knots and values, as plain numbers."""
-        return {"knots": self.knots.tolist(), "values": self.values.tolist()}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, list[float]]) -> "Density":
-        knots, values = (torch.tensor(state[k], dtype=torch.float64) for k in ("knots", "values"))
-        return cls(knots, values)
-
-
-def uniform_density() -> Density:
-    """q(t) = 1."""
-    return Density(torch.tensor([0.0, 1.0]), torch.ones(2))
-
-
-def count_weight(density: Density, t: Tensor, n: Tensor) -> Tensor:
-    """The importance weight of the count l = ⌊t·N⌋ + 1 under t ~ q: 1 / (N·p(l)).
-
-    p(l) = ∫ q over [(l−1)/N, l/N). It is E[1/q(t) | l], so it has no more variance than 1/q(t)
-    and the same mean (Rao–Blackwell). t [R], n [R]: N of each row. [R], fp64.
-    """
-    lower = (t * n).long().minimum(n - 1).double()
-    return 1 / (n * (density.cdf((lower + 1) / n) - density.cdf(lower / n)))
-
-
-class Uniform:
+class Uniform(TimestepSampler):
     """t ~ U(0, 1), independently for each row; weight 1 (the paper's *Standard*)."""
 
-    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    weighted = False
+
+    def __call__(self, n: int, generator: Generator) -> Times:
         t = torch.rand(n, generator=generator, dtype=torch.float64)
-        return t, torch.ones_like(t)
+        return Times(t, torch.ones_like(t))
 
 
-class Stratified:
+class Stratified(TimestepSampler):
     """t ~ U(0, 1) with exactly one draw in each of n equal strata of (0, 1); weight 1.
 
     Our reading of the paper's *StraTS*; low-discrepancy t as in Kingma et al. 2021. n is
@@ -121,12 +50,14 @@ class Stratified:
     B what the mean over the data varies with t.
     """
 
-    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    weighted = False
+
+    def __call__(self, n: int, generator: Generator) -> Times:
         t = stratified_uniform(n, generator)
-        return t, torch.ones_like(t)
+        return Times(t, torch.ones_like(t))
 
 
-class Clipped:
+class Clipped(TimestepSampler):
     """t ~ U(low, high), stratified; weight 1 (the paper's *Clipped*; BD3-LM, Arriola et al. 2025).
 
     **Biased**: its mean is J restricted to (low, high), 1/(high − low) · ∫ over (low, high) of
@@ -140,25 +71,28 @@ class Clipped:
         ValueError: if they are not so.
     """
 
+    unbiased = False
+    weighted = False
+
     def __init__(self, low: float = 0.3, high: float = 0.8) -> None:
         if not 0 <= low < high <= 1:
             raise ValueError(f"low {low} and high {high}: use 0 <= low < high <= 1")
         self.low, self.high = low, high
 
-    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, generator: Generator) -> Times:
         u = stratified_uniform(n, generator)
-        return self.low + (self.high - self.low) * u, torch.ones_like(u)
+        return Times(self.low + (self.high - self.low) * u, torch.ones_like(u))
 
 
-class ParetoOptimal:
+class ParetoOptimal(TimestepSampler):
     """t ~ q, weight 1/q(t), with q near q* ∝ sqrt(g(t)² + v(t)) (the paper's *P-POTS*).
 
     g(t) = E[l | t] and v(t) = E_{x0} Var_m(l | x0, t). For an estimator l/q(t), t ~ q, the
     second moment is ∫ (g² + v)/q dt, least at q*: harder t come more often and count less each.
-    The recipe probes the model with the masking in use, fits q (``mdm_plugin.pareto``) and sets
-    ``density``. Here, unlike in the paper, q covers all of (0, 1), is mixed with the uniform
-    density so that weights stay below 1/mix, and is drawn stratified over the global batch by
-    inverse cdf; all of this is unbiased.
+    The model is probed with the masking in use, and q is fitted to that (``mdm_plugin.pareto``).
+    Here, unlike in the paper, q covers all of (0, 1), is mixed with the uniform density so that
+    weights stay below 1/mix, and is drawn stratified over the global batch by inverse cdf; all of
+    this is unbiased.
 
     Args:
         family: ``"epr"``, the paper's parametric family; ``"piecewise"``, linear between the
@@ -202,11 +136,22 @@ class ParetoOptimal:
         self.refit_every_n_steps = refit_every_n_steps
         self.density: Density | None = None  # until the probe
 
-    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, generator: Generator) -> Times:
         if self.density is None:
             raise RuntimeError("ParetoOptimal draws after its density is fitted: probe first")
         t = self.density.quantile(stratified_uniform(n, generator))
-        return t, 1 / self.density(t)
+        return Times(t, 1 / self.density(t), self.density)
+
+    def probe_plan(self) -> ProbePlan:
+        t = pareto.probe_grid(self.family, self.grid)
+        return ProbePlan(t, self.rows, self.masks, self.target, self.refit_every_n_steps)
+
+    def fit(self, measured: Probe) -> Fitted:
+        """Fit q to the probe's w; errors as of ``pareto.fit``."""
+        fitted = pareto.fit(measured.t, measured.w, family=self.family, mix=self.mix)
+        self.density = fitted.density
+        epr = fitted.epr._asdict() if fitted.epr else None
+        return Fitted(fitted.density, {"family": self.family, "mix": self.mix, "epr": epr})
 
     def state_dict(self) -> dict[str, Any]:
         return {"density": self.density.state_dict() if self.density else None}
@@ -215,7 +160,7 @@ class ParetoOptimal:
         self.density = Density.from_state_dict(state["density"]) if state["density"] else None
 
 
-class Adaptive:
+class Adaptive(TimestepSampler):
     """t ~ q, weight 1/q(t), with q ∝ sqrt(E[l² | t]) as the training losses show it.
 
     Our reading of the paper's *ISAD*, of which only the name and that it acts on A and B are
@@ -234,6 +179,8 @@ class Adaptive:
         ValueError: on a value out of range.
     """
 
+    learns = True
+
     def __init__(
         self, bins: int = 20, decay: float = 0.98, mix: float = 0.1, warmup_rows: int = 20
     ) -> None:
@@ -247,15 +194,12 @@ class Adaptive:
         self.sums = torch.zeros(2, bins, dtype=torch.float64)  # of l², of rows; both decay
         self.density = uniform_density()
 
-    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, generator: Generator) -> Times:
         t = self.density.quantile(stratified_uniform(n, generator))
-        return t, 1 / self.density(t)
+        return Times(t, 1 / self.density(t), self.density)
 
     def tally(self, t: Tensor, losses: Tensor) -> Tensor:
-        """What some rows add: [2, bins], to be summed over micro-batches and ranks.
-
-        t [R] and losses [R]: the row losses l, without importance weights.
-        """
+        """What some rows add to the sums of each bin: [2, bins]; arguments as in the contract."""
         index = (t * self.bins).long().clamp(0, self.bins - 1)
         added = torch.zeros(2, self.bins, dtype=torch.float64)
         values = torch.stack((losses.double().square(), torch.ones_like(losses).double()))

@@ -9,7 +9,7 @@
 Each row's result is written as it comes: the same command after a kill goes on where it was. Each
 rank holds the model and takes its share of the rows; the figures do not depend on how many.
 
-Every option with its default: ``EvalOptions`` in ``mdm_plugin/training/options.py``.
+Every option with its default: ``EvalOptions`` in ``mdm_plugin/config/options.py``.
 """
 
 import hashlib
@@ -24,20 +24,21 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import parse
+from mdm_plugin.config.options import EvalOptions
+from mdm_plugin.config.secrets import redacted
 from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt, read_prompts
+from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.exact_match import wilson
 from mdm_plugin.evaluation.harness_tasks import check_harness_task, run_harness_task
-from mdm_plugin.evaluation.nelbo import Bound, bounds, summary
+from mdm_plugin.evaluation.inference import load_model, read_decoding
+from mdm_plugin.evaluation.nelbo import Bound, BoundEstimator, summary
 from mdm_plugin.evaluation.reasoning import reasoning_gym_task
 from mdm_plugin.evaluation.results import Parts
-from mdm_plugin.generation import complete
-from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import World, distributed
-from mdm_plugin.training.inference import load_model, read_decoding
-from mdm_plugin.training.options import EvalOptions
-from mdm_plugin.training.secrets import redacted
+from mdm_plugin.generation import generate
 
 Verifier = Callable[[str, Mapping[str, Any]], bool]
 
@@ -62,6 +63,10 @@ class MDMEval:
         prompts = [prompt for task, _ in self.prompts.values() for prompt in task]
         self.model, weights = load_model(
             cfg, world, self.tokenizer, prompts, self.rows, purpose="evaluate"
+        )
+        # Each rank has rows of its own.
+        self.estimator = BoundEstimator(
+            self.tokenizer, world.alone(), cfg.batch_size, cfg.draws, cfg.seed
         )
         self.identity = {
             "checkpoint": str(weights.directory),
@@ -144,30 +149,21 @@ class MDMEval:
     def likelihood(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
         """A record for each row: its bound, nats, and the variance of that."""
         assert self.rows is not None
-        values = bounds(
-            self.model,
-            self.rows,
-            torch.tensor(batch),
-            mask_id=self.tokenizer.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            batch_size=self.cfg.batch_size,
-            device=self.world.device,
-            draws=self.cfg.draws,
-            seed=self.cfg.seed,
-            shift=self.decoding.shift,
-        )
-        for i, nats, variance in zip(batch, *(x.tolist() for x in values), strict=True):
-            tokens = int(self.rows[i].eligible.sum())
-            yield {"index": i, "nats": nats, "variance": variance, "tokens": tokens}
+        indices = torch.tensor(batch)
+        values = self.estimator.bounds(self.model, self.rows, indices)
+        tokens = self.rows.eligible_of(indices).tolist()
+        nats, variances = values.nats.tolist(), values.variance.tolist()
+        for i, bound, variance, count in zip(batch, nats, variances, tokens, strict=True):
+            yield {"index": i, "nats": bound, "variance": variance, "tokens": count}
 
     def answers(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
         """A record for each prompt: the completion, and whether it is right."""
         prompts, verify = self.prompts[task]
-        written = complete(
+        written = generate(
             self.model,
-            self.tokenizer,
             [prompts[i].ids for i in batch],
             self.decoding,
+            special=self.tokenizer,
             max_new_tokens=self.cfg.max_new_tokens,
             seeds=[self.cfg.seed + i for i in batch],
         )
@@ -180,17 +176,20 @@ class MDMEval:
         file = self.output_dir / f"{task}.lm_eval.json"
         self.barrier()
         if not file.exists():
+            from mdm_plugin.evaluation.harness import Harness  # lm-eval may not be there
+
             cfg = self.cfg
-            parts = (self.model, self.tokenizer, self.decoding, self.world)
-            figures = run_harness_task(
-                task,
-                self.harness_settings(),
-                parts,
+            model = Harness(
+                self.model,
+                self.tokenizer,
+                self.decoding,
+                self.world,
                 batch_size=cfg.batch_size,
                 draws=cfg.draws,
                 seed=cfg.seed,
                 max_new_tokens=cfg.max_new_tokens,
             )
+            figures = run_harness_task(task, self.harness_settings(), model)
             self.barrier()  # all have seen that it was not there
             if self.world.rank == 0:
                 file.write_text(json.dumps(figures, indent=1))

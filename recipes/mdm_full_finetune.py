@@ -3,33 +3,41 @@
     tune run mdm_full_finetune --config quickstart
     tune run --nproc_per_node 8 mdm_full_finetune --config my.yaml batch_size=2
 
-Every option with its default: ``mdm_plugin/training/options.py``.
+Every option with its default: ``mdm_plugin/config/options.py``.
 One code path for one process and for many (FSDP2, HSDP), on CPU and CUDA.
 """
 
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 from omegaconf import DictConfig
 from torchtune import training
 from tqdm import tqdm
 
-from mdm_plugin.training import checks
-from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.data import global_batches
-from mdm_plugin.training.distributed import World, build_model, clip_gradient, distributed
+from mdm_plugin.checkpoint.checkpointer import Checkpointer
+from mdm_plugin.checkpoint.parts import OptimizerState, Run, ScheduleState, check_states
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import parse
+from mdm_plugin.config.options import Options
+from mdm_plugin.contract import ProbePlan
+from mdm_plugin.distributed.build import Build, build_model
+from mdm_plugin.distributed.gradients import clip_gradient
+from mdm_plugin.distributed.world import World, distributed
+from mdm_plugin.evaluation.validation import read_questions, validate
+from mdm_plugin.training import EMA, checks
+from mdm_plugin.training.batches import global_batches
 from mdm_plugin.training.guard import Guard
 from mdm_plugin.training.in_backward import StepInBackward
-from mdm_plugin.training.interruption import Stop, is_restart
-from mdm_plugin.training.metrics import StepMetrics, progress_bar
-from mdm_plugin.training.options import Options
+from mdm_plugin.training.metrics import StepMetrics, TensorBoardLogger, progress_bar
 from mdm_plugin.training.plan import dry_run
-from mdm_plugin.training.probe import fit, keep_fit, probe, probe_due
-from mdm_plugin.training.step import backward, draw, global_normalizer, pack
-from mdm_plugin.training.validation import read_questions, validate
+from mdm_plugin.training.probe import fit, fit_line, plot_fit, probe, probe_due, write_fit
+from mdm_plugin.training.step import backward, corrupted_step, global_normalizer, learn, pack
+from mdm_plugin.training.stop import Stop, is_restart
 
 
 class MDMFinetune:
@@ -37,14 +45,24 @@ class MDMFinetune:
 
     def __init__(self, cfg: DictConfig, world: World, adapters: bool = False) -> None:
         self.cfg, self.world, self.adapters = cfg, world, adapters
+        self.metric_logger: Any = None
+        self.validated: dict[int, float] = {}  # of the last validated step
 
     def setup(self) -> None:
-        cfg, world = self.cfg, self.world
-        dtype = training.get_dtype(cfg.dtype, device=world.device)
-        accumulation = checks.check_sizes(cfg, world)
+        """Cheap parts first: whatever is wrong in a config or a file stops the run here."""
+        accumulation = checks.check_sizes(self.cfg, self.world)
+        checkpoint = self._setup_checkpointer()
+        self._setup_estimator()
+        self._setup_data(accumulation)
+        self._setup_model(checkpoint)
+        self._setup_optimizer()
+        self._setup_state(checkpoint)
+        self._setup_logging()
 
-        # Cheap parts first: whatever is wrong in a config or a file stops the run here.
-        self.checkpointer = instantiate(
+    def _setup_checkpointer(self) -> Path | None:
+        """The checkpointer, and the checkpoint that the run goes on from."""
+        cfg, world = self.cfg, self.world
+        self.checkpointer: Checkpointer = instantiate(
             cfg,
             "checkpointer",
             keep_last_n=cfg.keep_last_n,
@@ -52,46 +70,59 @@ class MDMFinetune:
             asynchronous=cfg.enable_async_checkpointing,
         )
         restart = is_restart(world, self.checkpointer.output_dir) and self.checkpointer.steps()
-        checkpoint = self.checkpointer.to_resume(cfg.resume_from_checkpoint or bool(restart), world)
-        self.loss = instantiate(cfg, "loss")
-        self.timesteps = instantiate(cfg, "timesteps")
-        self.masking = instantiate(cfg, "masking")
-        self.tokenizer = instantiate(cfg, "tokenizer")
+        return self.checkpointer.to_resume(cfg.resume_from_checkpoint or bool(restart), world)
+
+    def _setup_estimator(self) -> None:
+        """The sampler of t, the masks and the loss."""
+        self.tokenizer = instantiate(self.cfg, "tokenizer")
+        self.estimator = checks.read_estimator(self.cfg, self.tokenizer.mask_id)
+        if self.cfg.compile:
+            self.estimator.loss.compile_chunks()
+
+    def _setup_data(self, accumulation: int) -> None:
+        """Rows, and the batches that they make up."""
+        cfg = self.cfg
         self.rows = instantiate(cfg, "dataset", self.tokenizer)
         self.rows_val = instantiate(cfg, "dataset_val", self.tokenizer)
         self.questions = read_questions(cfg, self.tokenizer)
         for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
             if rows is not None:
                 self.say(f"{name}: {rows}")
-        self.batches = global_batches(cfg, self.rows, self.tokenizer, world, accumulation)
+        self.batches = global_batches(cfg, self.rows, self.tokenizer, self.world, accumulation)
         whole_epoch = self.batches.steps_per_epoch
         self.steps_per_epoch = min(whole_epoch, cfg.max_steps_per_epoch or whole_epoch)
         self.total_steps = cfg.epochs * self.steps_per_epoch
 
-        # The model: built without storage, sharded, then filled.
+    def _setup_model(self, checkpoint: Path | None) -> None:
+        """The model: built without storage, sharded, checked, and then filled."""
+        cfg, world = self.cfg, self.world
         self.model = build_model(
             lambda: instantiate(cfg, "model"),
             world,
-            dtype=dtype,
-            compile=cfg.compile,
-            float8=cfg.fp8_recipe_name if cfg.enable_fp8_training else None,
-            activation_checkpointing=cfg.enable_activation_checkpointing,
-            cpu_offload=cfg.fsdp_cpu_offload,
-            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            training.get_dtype(cfg.dtype, device=world.device),
+            Build(
+                compile=cfg.compile,
+                float8=cfg.fp8_recipe_name if cfg.enable_fp8_training else None,
+                activation_checkpointing=cfg.enable_activation_checkpointing,
+                cpu_offload=cfg.fsdp_cpu_offload,
+                reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            ),
         )
-        if cfg.compile and hasattr(self.loss, "compile_chunks"):
-            self.loss.compile_chunks()
         checks.check_adapters(self.model, self.adapters)
         checks.check_checkpoint(self.checkpointer.weights, self.model, self.tokenizer)
         checks.check_data(self.model, self.tokenizer, self.rows, self.rows_val)
-        checks.check_estimator(self.timesteps, self.masking, self.loss, self.model)
+        checks.check_estimator(self.estimator, checks.is_causal(self.model))
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
         if not checkpoint and self.checkpointer.weights is None:
             self.say("no checkpoint_dir: starting from random weights")
         self.checkpointer.load_weights(self.model, cfg.seed, checkpoint)
-        self.ema = instantiate(cfg, "ema", self.model)
+
+    def _setup_optimizer(self) -> None:
+        """The optimizer of what is trained, its schedule, and the average of the weights."""
+        cfg = self.cfg
+        self.ema: EMA | None = instantiate(cfg, "ema", self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = instantiate(cfg, "optimizer", trained)
         self.in_backward = StepInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
@@ -101,34 +132,49 @@ class MDMFinetune:
                 cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps
             )
 
+    def _setup_state(self, checkpoint: Path | None) -> None:
+        """All that a checkpoint holds, filled from ``checkpoint`` if the run goes on from one."""
+        self.guard = Guard(self.world, self.cfg)
+        parts: dict[str, Any] = {
+            "optimizer": OptimizerState(self.model, self.optimizer),
+            "timesteps": self.estimator.timesteps,
+            "guard": self.guard,
+        }
+        if self.lr_scheduler:
+            parts["lr_scheduler"] = ScheduleState(self.lr_scheduler)
+        if self.ema:
+            parts["ema"] = self.ema
+        check_states(parts)
+        self.state = Run(self.world, self.model, self.tokenizer, self.cfg, parts)
         # What a resumed run must have in common with the one it goes on from.
         self.identity = {
-            "seed": cfg.seed,
+            "seed": self.cfg.seed,
             "global_batch_size": self.batches.size,
-            "data": self.rows.fingerprint(),
+            "data": self.rows.facts.fingerprint,
             "steps_per_epoch": self.steps_per_epoch,
         }
         self.first_step = 0
         if checkpoint:
-            state = self.checkpointer.load_state(checkpoint)
-            checks.check_resume(state, self.identity, checkpoint)
-            parts = (self.model, self.optimizer, self.lr_scheduler, self.ema, self.timesteps)
-            self.checkpointer.load_rest(world, checkpoint, state, *parts)
-            self.first_step = state["step"]
+            stored = self.checkpointer.load_state(checkpoint)
+            checks.check_resume(stored, self.identity, checkpoint)
+            self.checkpointer.load(self.state, checkpoint, stored)
+            self.first_step = stored["step"]
             self.say(f"resuming from {checkpoint}, step {self.first_step} of {self.total_steps}")
-        elif world.rank == 0 and (aside := self.checkpointer.set_aside()):
+        elif self.world.rank == 0 and (aside := self.checkpointer.set_aside()):
             self.say(f"an earlier run's checkpoints are now in {aside}")
 
+    def _setup_logging(self) -> None:
+        cfg, world = self.cfg, self.world
         self.metric_logger = instantiate(cfg, "metric_logger")
         self.metric_logger.log_config(cfg)
         self.metrics = StepMetrics(world)
-        self.guard = Guard(world, cfg, state["skipped_steps"] if checkpoint else 0)
-        self.validated: dict[int, float] = {}  # of the last validated step
         self.profiler = training.DummyProfiler()
         if cfg.profiler is not None:
             self.profiler, _ = instantiate(cfg, "profiler")
-        size = sum(p.numel() for p in self.model.parameters())
-        of = f"{sum(p.numel() for p in trained):,} of " if self.adapters else ""
+        parameters = list(self.model.parameters())
+        size = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        of = f"{trained:,} of " if self.adapters else ""
         self.say(
             f"{of}{size:,} parameters on {world.size} x {world.device.type}; {self.total_steps} "
             f"steps of {self.batches.size} rows, {self.steps_per_epoch} per epoch"
@@ -142,8 +188,8 @@ class MDMFinetune:
         bar = progress_bar(world, total=self.total_steps, initial=self.first_step)
         with self.profiler, bar, Stop(world) as stop:
             for step in range(self.first_step, self.total_steps):
-                if probe_due(self.timesteps, step):
-                    self.fit_timesteps(step)
+                if plan := probe_due(self.estimator.timesteps, step):
+                    self.fit_timesteps(plan, step)
                 self.train_step(step)
                 done = step + 1
                 bar.update()
@@ -183,50 +229,43 @@ class MDMFinetune:
         # Under max_steps_per_epoch each epoch still begins with its own order of all rows.
         epoch, within = divmod(step, self.steps_per_epoch)
         place = epoch * self.batches.steps_per_epoch + within
-        how = (self.timesteps, self.masking, self.loss, self.tokenizer.mask_id)
-        micro_batches, importance = draw(self.batches, place, *how)
+        micro_batches = corrupted_step(self.batches, place, self.estimator)
         if cfg.batch_layout == "packed":
-            to = (self.model, world.device, cfg.pad_to_multiple_of)
-            micro_batches = [pack(batch, *to) for batch in micro_batches]
-        normalizer = global_normalizer(micro_batches, world)
+            packed = partial(
+                pack, model=self.model, device=world.device, multiple=cfg.pad_to_multiple_of
+            )
+            micro_batches = [packed(batch) for batch in micro_batches]
+        normalizer, loss = global_normalizer(micro_batches, world), self.estimator.loss
         results, grad_norm = [], None
         for batch in micro_batches:
             with self.in_backward.active() if self.in_backward else nullcontext():
-                parts = (normalizer, world, self.offloading)
-                results.append((batch, *backward(self.model, self.loss, batch, *parts)))
+                results.append(
+                    backward(self.model, loss, batch, normalizer, world, self.offloading)
+                )
         if not self.in_backward:
             grad_norm = clip_gradient(self.model, cfg.clip_grad_norm).to(world.device)
         if self.guard.passes(step, results, grad_norm, self.batches.row_indices(place)):
-            if hasattr(self.timesteps, "tally"):
-                tally = sum(self.timesteps.tally(batch.t, x.cpu()) for batch, _, x in results)
-                self.timesteps.update(world.sum(tally).cpu())
+            learn(self.estimator, results, world)
             if not self.in_backward:
                 self.optimizer.step()
             if self.ema:
                 self.ema.update(step)
-            self.metrics.step(results, grad_norm, importance)
+            self.metrics.step(results, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def fit_timesteps(self, step: int) -> None:
-        """P-POTS: probe the model, and fit the density of t to what it shows."""
-        start = time.perf_counter()
+    def fit_timesteps(self, plan: ProbePlan, step: int) -> None:
+        """Probe the model, and have the sampler of t take that in."""
+        start, sampler = time.perf_counter(), self.estimator.timesteps
         measured = probe(
-            self.model,
-            self.loss,
-            self.timesteps,
-            self.masking,
-            self.batches,
-            self.tokenizer.mask_id,
-            self.world,
-            step,
-            self.offloading,
+            self.model, self.estimator, plan, self.batches, self.world, step, self.offloading
         )
-        report = fit(self.timesteps, measured, self.world)
+        report = fit(sampler, plan, measured, self.world)
         if self.world.rank == 0:
-            keep_fit(report, Path(self.cfg.output_dir), self.metric_logger, step)
+            write_fit(report, Path(self.cfg.output_dir) / f"timesteps_step_{step}.json")
+            if isinstance(self.metric_logger, TensorBoardLogger):
+                self.metric_logger.log_figure("timesteps", plot_fit(report), step)
         self.say(
-            f"step {step}/{self.total_steps}: fitted the density of t to {measured.forwards} "
-            f"forwards, KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f}), "
+            f"step {step}/{self.total_steps}: {fit_line(report)}, "
             f"{time.perf_counter() - start:.1f} s"
         )
 
@@ -234,32 +273,23 @@ class MDMFinetune:
         """NELBO and completions of the validation rows, by the averaged weights under EMA."""
         cfg, start = self.cfg, time.perf_counter()
         with self.ema.applied() if self.ema else nullcontext():
-            data = (self.rows_val, self.questions, self.tokenizer)
-            figures, samples = validate(self.model, *data, self.world, cfg, self.loss.shift)
+            figures, samples = validate(
+                self.model, self.rows_val, self.questions, self.tokenizer, self.world, cfg
+            )
         self.metric_logger.log_dict(figures, step)
         self.validated = {step: figures["val/nelbo_nats_per_token"]}
-        if samples and hasattr(self.metric_logger, "log_text"):
+        if samples and isinstance(self.metric_logger, TensorBoardLogger):
             self.metric_logger.log_text("samples", samples, step)
         found = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.say(f"step {step}/{self.total_steps}: {found} ({time.perf_counter() - start:.1f} s)")
 
     def save_checkpoint(self, step: int) -> None:
-        state = {
-            **self.identity,
-            "epoch": step // self.steps_per_epoch,
-            "total_steps": self.total_steps,
-            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
-            "timesteps": getattr(self.timesteps, "state_dict", dict)(),
-            "skipped_steps": self.guard.skipped,
-            "val_nelbo": self.validated.get(step),
-        }
-        path = self.checkpointer.save(
-            self.world, self.model, self.optimizer, step, state, self.cfg, self.tokenizer, self.ema
-        )
+        facts = {**self.identity, "val_nelbo": self.validated.get(step)}
+        path = self.checkpointer.save(self.state, step, facts)
         self.say(f"step {step}/{self.total_steps}: saved {path}")
 
     def cleanup(self) -> None:
-        if hasattr(self, "metric_logger"):
+        if self.metric_logger is not None:
             self.metric_logger.close()
 
     def say(self, line: str) -> None:
@@ -273,8 +303,8 @@ def run(cfg: DictConfig, adapters: bool = False) -> None:
     if cfg.dry_run:
         return dry_run(cfg, adapters)
     instantiate(cfg, "prepare")
-    layout = (cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim)
-    with distributed(cfg.device, *layout, cfg.timeout_minutes) as world:
+    shard, replicate = cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim
+    with distributed(cfg.device, shard, replicate, cfg.timeout_minutes) as world:
         recipe = MDMFinetune(cfg, world, adapters)
         recipe.setup()
         try:

@@ -8,7 +8,7 @@
 On a terminal the text is shown while it is being unmasked. Each rank holds the model and takes
 its share of the batches; a prompt's text depends on its seed (``seed`` + its number) alone.
 
-Every option with its default: ``GenerateOptions`` in ``mdm_plugin/training/options.py``.
+Every option with its default: ``GenerateOptions`` in ``mdm_plugin/config/options.py``.
 """
 
 import json
@@ -23,14 +23,15 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import parse
+from mdm_plugin.config.options import GenerateOptions
 from mdm_plugin.data.prompts import Prompt, read_prompts
+from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
-from mdm_plugin.generation import complete
-from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import World, distributed
-from mdm_plugin.training.inference import load_model, read_decoding
-from mdm_plugin.training.live import LiveText
-from mdm_plugin.training.options import GenerateOptions
+from mdm_plugin.evaluation.inference import load_model, read_decoding
+from mdm_plugin.generation import generate
+from mdm_plugin.generation.live import LiveText
 
 
 class MDMGenerate:
@@ -90,11 +91,11 @@ class MDMGenerate:
     ) -> tuple[list[dict[str, Any]], int]:
         """Lines of a batch's output, and the forwards that they took."""
         cfg = self.cfg
-        result = complete(
+        result = generate(
             self.model,
-            self.tokenizer,
             [prompt.ids for prompt in batch],
             self.decoding,
+            special=self.tokenizer,
             max_new_tokens=cfg.max_new_tokens,
             seeds=[cfg.seed + first + i for i in range(len(batch))],
             on_step=live.show if live else None,

@@ -5,14 +5,14 @@
 
 The same run as mdm_full_finetune's, from a model with adapters, which alone are trained. A
 checkpoint holds them as PEFT's adapter_model.safetensors and adapter_config.json, and the merged
-weights in the layout that the base came in. Every option: ``mdm_plugin/training/options.py``.
+weights in the layout that the base came in. Every option: ``mdm_plugin/config/options.py``.
 """
 
 from mdm_full_finetune import run
 from omegaconf import DictConfig
 
-from mdm_plugin.training.config import parse
-from mdm_plugin.training.options import Options
+from mdm_plugin.config.loading import parse
+from mdm_plugin.config.options import Options
 
 
 @parse(Options)

@@ -7,7 +7,7 @@ For a model, a data set and a list of estimators: the variance of the loss and o
 split into A (masking pattern), B (masking rate) and C (data), with 95 % intervals
 (``mdm_plugin/variance.py``). Ctrl-C ends it with what has been measured so far.
 
-Every option with its default: ``VarianceOptions`` in ``mdm_plugin/training/options.py``.
+Every option with its default: ``VarianceOptions`` in ``mdm_plugin/config/options.py``.
 """
 
 import re
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -24,25 +24,24 @@ from torch import Tensor
 from torchtune import training
 from tqdm import tqdm
 
-from mdm_plugin.data import GlobalBatches
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import parse
+from mdm_plugin.config.options import VarianceOptions
+from mdm_plugin.contract import Estimator
+from mdm_plugin.data import GlobalBatches, Padding, Split
+from mdm_plugin.distributed.build import Build, build_model
+from mdm_plugin.distributed.gradients import folded_gradient
+from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.variance_report import Measured, write_report
-from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import NextToken
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.checks import check_data, check_estimator
-from mdm_plugin.training.config import instantiate, parse
-from mdm_plugin.training.distributed import (
-    World,
-    build_model,
-    distributed,
-    folded_gradient,
-)
-from mdm_plugin.training.options import VarianceOptions
-from mdm_plugin.training.probe import draw_fit, fit, probe, probe_due, write_fit
-from mdm_plugin.training.step import backward, corrupt, global_normalizer
+from mdm_plugin.training.checks import as_estimator, check_data, check_estimator, is_causal
+from mdm_plugin.training.metrics import TensorBoardLogger
+from mdm_plugin.training.probe import fit, fit_line, plot_fit, probe, probe_due, write_fit
+from mdm_plugin.training.step import Result, backward, corrupt, global_normalizer, learn
 from mdm_plugin.variance import Draws, contributions
 
 # Of each batch b: (rows, t, masks) of the four draws that mdm_plugin.variance explains.
@@ -50,17 +49,22 @@ DRAWS = {"first": (0, 0, 0), "remasked": (0, 0, 1), "redrawn": (0, 1, 2), "apart
 
 
 @dataclass
-class Estimator:
-    """A sampler of t and one of masks, on a model, and what has been measured of it."""
+class Candidate:
+    """An estimator on a model, and what has been measured of it."""
 
     name: str
-    timesteps: Any
-    masking: Any
+    estimator: Estimator
     model: MDMTransformer
-    loss: MDMLoss
-    views: int = 0
     parts: dict[str, list[Tensor]] = field(default_factory=lambda: {"loss": [], "gradient": []})
     seconds: list[float] = field(default_factory=list)
+
+
+class Estimate(NamedTuple):
+    """One estimate on a batch: its loss, and this rank's part of the gradient [D]."""
+
+    result: Result
+    loss: Tensor
+    gradient: Tensor
 
 
 class MDMVariance:
@@ -69,9 +73,24 @@ class MDMVariance:
     def __init__(self, cfg: DictConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
         self.output_dir = Path(cfg.output_dir).expanduser()
+        self.metric_logger: Any = None
 
     def setup(self) -> None:
+        self._check_sizes()
+        self._setup_data()
+        self._setup_candidates()
+        self._setup_autoregressive()
+        self.metric_logger = instantiate(self.cfg, "metric_logger")
         cfg, world = self.cfg, self.world
+        size = sum(p.numel() for p in self.candidates[0].model.parameters())
+        exact = f"folded to {cfg.projection} dimensions" if cfg.projection else "exact"
+        self.say(
+            f"{size:,} parameters on {world.size} x {world.device.type}; gradients {exact}; "
+            f"{len(self.candidates)} estimators x {cfg.batches} batches of {self.batches.size} rows"
+        )
+
+    def _check_sizes(self) -> None:
+        cfg = self.cfg
         for key in ("batch_size", "batches", "projection"):
             if cfg[key] is not None and cfg[key] < 1:
                 raise UserError(f"{key}: {cfg[key]}: use 1 or more")
@@ -79,23 +98,26 @@ class MDMVariance:
             raise UserError(
                 f"batches_per_round: {cfg.batches_per_round}: use 2 up to batches, {cfg.batches}"
             )
+
+    def _setup_data(self) -> None:
+        cfg, world = self.cfg, self.world
         self.tokenizer = instantiate(cfg, "tokenizer")
         rows = instantiate(cfg, "dataset", self.tokenizer)
         self.say(f"dataset: {rows}")
+        eos = self.tokenizer.eos_id if cfg.train_eos_padding else None
         self.batches = GlobalBatches(
             rows,
-            batch_size=cfg.batch_size,
-            ranks=world.size,
-            rank=world.rank,
+            Split(cfg.batch_size, world.size, world.rank),
+            Padding(self.tokenizer.pad_id, eos, max_len=self.tokenizer.max_seq_len),
             seed=cfg.seed,
-            pad_id=self.tokenizer.pad_id,
-            eos_padding_id=self.tokenizer.eos_id if cfg.train_eos_padding else None,
-            max_len=self.tokenizer.max_seq_len,
         )
-        loss = instantiate(cfg, "loss")
-        model = self.load_model(cfg, "")
-        check_data(model, self.tokenizer, rows)
-        self.estimators = []
+
+    def _setup_candidates(self) -> None:
+        """The estimators, each on the same model."""
+        cfg, mask_id = self.cfg, self.tokenizer.mask_id
+        loss, model = instantiate(cfg, "loss"), self.load_model(cfg, "")
+        check_data(model, self.tokenizer, self.batches.rows)
+        self.candidates = []
         for name, parts in cfg.estimators.items():
             where = f"estimators.{name}."
             given = {key for key, x in parts.items() if x} if isinstance(parts, DictConfig) else {}
@@ -103,24 +125,22 @@ class MDMVariance:
                 raise UserError(f"{where[:-1]}: give it timesteps and masking, both, and no more")
             timesteps = instantiate(parts, "timesteps", where=where)
             masking = instantiate(parts, "masking", where=where)
-            check_estimator(timesteps, masking, loss, model, where)
-            self.estimators.append(Estimator(name, timesteps, masking, model, loss))
-        if not self.estimators:
+            estimator = as_estimator(timesteps, masking, loss, mask_id, where)
+            check_estimator(estimator, is_causal(model), where)
+            self.candidates.append(Candidate(name, estimator, model))
+        if not self.candidates:
             raise UserError("estimators: name at least one")
-        if cfg.autoregressive is not None:
-            shifted = MDMLoss(loss.normalize, loss.weight, shift=True, chunk_size=loss.chunk_size)
-            other = self.load_model(cfg.autoregressive, "autoregressive.")
-            check_estimator(Uniform(), NextToken(), shifted, other, "autoregressive.")
-            self.estimators.append(
-                Estimator("Autoregressive", Uniform(), NextToken(), other, shifted)
-            )
-        self.metric_logger = instantiate(cfg, "metric_logger")
-        size = sum(p.numel() for p in model.parameters())
-        exact = f"folded to {cfg.projection} dimensions" if cfg.projection else "exact"
-        self.say(
-            f"{size:,} parameters on {world.size} x {world.device.type}; gradients {exact}; "
-            f"{len(self.estimators)} estimators x {cfg.batches} batches of {self.batches.size} rows"
-        )
+
+    def _setup_autoregressive(self) -> None:
+        """The line to compare with: next tokens, which have no mask to be drawn."""
+        cfg = self.cfg
+        if cfg.autoregressive is None:
+            return
+        model = self.load_model(cfg.autoregressive, "autoregressive.")
+        loss, mask_id = self.candidates[0].estimator.loss, self.tokenizer.mask_id
+        estimator = Estimator(Uniform(), NextToken(), loss, mask_id)
+        check_estimator(estimator, is_causal(model), "autoregressive.")
+        self.candidates.append(Candidate("Autoregressive", estimator, model))
 
     def load_model(self, cfg: DictConfig, where: str) -> MDMTransformer:
         """The model of a part of the config, with the weights of its checkpointer."""
@@ -128,11 +148,13 @@ class MDMVariance:
         model = build_model(
             lambda: instantiate(cfg, "model", where=where),
             self.world,
-            dtype=training.get_dtype(options.dtype, device=self.world.device),
-            compile=options.compile,
-            activation_checkpointing=options.enable_activation_checkpointing,
-            cpu_offload=options.fsdp_cpu_offload,
-            reshard_after_forward=options.fsdp_reshard_after_forward,
+            training.get_dtype(options.dtype, device=self.world.device),
+            Build(
+                compile=options.compile,
+                activation_checkpointing=options.enable_activation_checkpointing,
+                cpu_offload=options.fsdp_cpu_offload,
+                reshard_after_forward=options.fsdp_reshard_after_forward,
+            ),
         )
         checkpointer = instantiate(cfg, "checkpointer", where=where)
         if checkpointer.weights is None:
@@ -141,67 +163,61 @@ class MDMVariance:
         return model.train()
 
     def fit_samplers(self) -> None:
-        """Fit what learns from the model: P-POTS by its probe, Adaptive by some losses."""
-        for estimator in self.estimators:
-            sampler = estimator.timesteps
-            if probe_due(sampler, 0):
+        """Teach the samplers that learn from the model: by a probe, and by some losses."""
+        for candidate in self.candidates:
+            sampler = candidate.estimator.timesteps
+            if plan := probe_due(sampler, 0):
                 measured = probe(
-                    *(estimator.model, estimator.loss, sampler, estimator.masking),
-                    *(self.batches, self.tokenizer.mask_id, self.world),
-                    step=0,
+                    candidate.model, candidate.estimator, plan, self.batches, self.world, step=0
                 )
-                report = fit(sampler, measured, self.world)
-                self.say(
-                    f"{estimator.name}: fitted the density of t to {measured.forwards} forwards, "
-                    f"KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f})"
-                )
+                report = fit(sampler, plan, measured, self.world)
+                self.say(f"{candidate.name}: {fit_line(report)}")
                 if self.world.rank == 0:
-                    stem = re.sub(r"\W+", "_", estimator.name).strip("_")
+                    stem = re.sub(r"\W+", "_", candidate.name).strip("_")
                     write_fit(report, self.output_dir / f"timesteps_{stem}.json")
-                    draw_fit(report).savefig(self.output_dir / f"timesteps_{stem}.png", dpi=120)
-            if hasattr(sampler, "tally"):
+                    plot_fit(report).savefig(self.output_dir / f"timesteps_{stem}.png", dpi=120)
+            if sampler.learns:
                 for batch in range(self.cfg.warmup_batches):
-                    draw = (("warm-up", batch),) * 3
-                    _, _, losses, t = self.draw(estimator, *draw)
-                    sampler.update(self.world.sum(sampler.tally(t, losses.cpu())).cpu())
+                    key = ("warm-up", batch)
+                    found = self.estimate(candidate, key, key, key)
+                    learn(candidate.estimator, [found.result], self.world)
 
-    def draw(self, estimator: Estimator, rows: Any, t: Any, masks: Any) -> tuple[Any, ...]:
-        """One estimate on a batch, keyed by what it is to share with others.
-
-        Gives the loss, this rank's part of the gradient [D], its row losses [R] and their t.
-        """
+    def estimate(
+        self,
+        candidate: Candidate,
+        rows: tuple[str | int, ...],
+        t: tuple[str | int, ...],
+        masks: tuple[str | int, ...],
+    ) -> Estimate:
+        """One estimate on a batch; its rows, t and masks are keyed by what it is to share with
+        others."""
         seed, size, rank = self.cfg.seed, self.batches.size, self.world.rank
         pick = keyed_generator(seed, "rows", *rows)
         indices = torch.randint(len(self.batches.rows), (size,), generator=pick)
         places = torch.arange(rank * self.cfg.batch_size, (rank + 1) * self.cfg.batch_size)
-        longest = int(self.batches.rows.lengths[indices].max())
+        longest = int(self.batches.rows.lengths_of(indices).max())
         batch = self.batches.collate(indices[places], places, ("variance", *masks), longest)
-        sampler = estimator.timesteps
-        times, importance = sampler(size, keyed_generator(seed, "t", *t))
-        density = getattr(sampler, "density", None)
-        mask_id = self.tokenizer.mask_id
-        noisy = corrupt(
-            batch, times, importance, estimator.masking, estimator.loss, mask_id, density
-        )
-        estimator.views = len(noisy.noisy) // len(places)
+        estimator, model = candidate.estimator, candidate.model
+        times = estimator.timesteps(size, keyed_generator(seed, "t", *t))
+        noisy = corrupt(batch, times, estimator)
         normalizer = global_normalizer([noisy], self.world)
-        loss, losses = backward(estimator.model, estimator.loss, noisy, normalizer, self.world)
-        gradient = folded_gradient(estimator.model, self.cfg.projection, seed, rank)
-        estimator.model.zero_grad(set_to_none=True)
-        return self.world.sum(loss), gradient, losses, noisy.t
+        result = backward(model, estimator.loss, noisy, normalizer, self.world)
+        gradient = folded_gradient(model, self.cfg.projection, seed, rank)
+        model.zero_grad(set_to_none=True)
+        return Estimate(result, self.world.sum(result.loss.clone()), gradient)
 
     def measure(self) -> None:
         cfg = self.cfg
         rounds = cfg.batches // cfg.batches_per_round
-        total = rounds * len(self.estimators) * cfg.batches_per_round
+        total = rounds * len(self.candidates) * cfg.batches_per_round
         quiet = self.world.rank != 0
         with tqdm(total=total, unit="batch", desc="Measuring", disable=quiet, mininterval=1) as bar:
             for number in range(rounds):
-                for estimator in self.estimators:
-                    self.measure_round(estimator, number, bar)
+                for candidate in self.candidates:
+                    self.measure_round(candidate, number, bar)
                 self.report(final=number == rounds - 1)
 
-    def measure_round(self, estimator: Estimator, number: int, bar: tqdm) -> None:
+    def measure_round(self, candidate: Candidate, number: int, bar: tqdm) -> None:
         """The four draws of each batch of a round; only what they contribute is kept."""
         losses: dict[str, list[Tensor]] = {name: [] for name in DRAWS}
         gradients: dict[str, list[Tensor]] = {name: [] for name in DRAWS}
@@ -209,11 +225,10 @@ class MDMVariance:
         for batch in range(number * each, (number + 1) * each):
             start = time.perf_counter()
             for name, (rows, t, masks) in DRAWS.items():
-                keys = ((batch, rows), (batch, t), (batch, masks))
-                loss, gradient, *_ = self.draw(estimator, *keys)
-                losses[name].append(loss.reshape(1))
-                gradients[name].append(gradient)
-            estimator.seconds.append((time.perf_counter() - start) / len(DRAWS))
+                found = self.estimate(candidate, (batch, rows), (batch, t), (batch, masks))
+                losses[name].append(found.loss.reshape(1))
+                gradients[name].append(found.gradient)
+            candidate.seconds.append((time.perf_counter() - start) / len(DRAWS))
             bar.update()
         for kind, drawn, shared in (("loss", losses, False), ("gradient", gradients, True)):
             part = contributions(
@@ -221,35 +236,35 @@ class MDMVariance:
                 self.batches.size,
             )
             # Each rank has other coordinates of the gradient; all have the whole loss.
-            estimator.parts[kind].append((self.world.sum(part) if shared else part).cpu())
+            candidate.parts[kind].append((self.world.sum(part) if shared else part).cpu())
 
     def report(self, final: bool = True) -> None:
         """Write the table, JSON, CSV, figures and TensorBoard, from the whole rounds so far."""
-        rounds = min(len(e.parts["gradient"]) for e in self.estimators)
+        rounds = min(len(x.parts["gradient"]) for x in self.candidates)
         if not rounds or self.world.rank != 0:
             return
         measured = [
             Measured(
-                e.name,
-                e.views,
-                sorted(e.seconds)[len(e.seconds) // 2],
-                torch.cat(e.parts["loss"][:rounds]),
-                torch.cat(e.parts["gradient"][:rounds]),
+                x.name,
+                x.estimator.masking.views,
+                sorted(x.seconds)[len(x.seconds) // 2],
+                torch.cat(x.parts["loss"][:rounds]),
+                torch.cat(x.parts["gradient"][:rounds]),
             )
-            for e in self.estimators
+            for x in self.candidates
         ]
         table, figures, scalars = write_report(measured, self.cfg, self.output_dir)
         if self.metric_logger is not None:
             batches = rounds * self.cfg.batches_per_round
             self.metric_logger.log_dict(scalars, batches)
-            if hasattr(self.metric_logger, "log_figure"):
+            if isinstance(self.metric_logger, TensorBoardLogger):
                 for name, figure in figures.items():
                     self.metric_logger.log_figure(name, figure, batches)
         if final:
             self.say(f"\n{table}\n\nWritten to {self.output_dir}")
 
     def cleanup(self) -> None:
-        if getattr(self, "metric_logger", None) is not None:
+        if self.metric_logger is not None:
             self.metric_logger.close()
 
     def say(self, line: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdm_plugin.models import ChatTokenizer, llada
-from mdm_plugin.quickstart import prepare_data
+from mdm_plugin.quickstart.data import prepare_data
 from tests import forks
 
 BIN = Path(sys.executable).parent

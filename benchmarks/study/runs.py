@@ -35,16 +35,17 @@ from benchmarks.study.methods import (
     overrides,
 )
 from benchmarks.study.tasks import LONGEST
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
 from mdm_plugin.data import GlobalBatches, chat_dataset
+from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import NextToken
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.data import global_batches
-from mdm_plugin.training.distributed import World
-from mdm_plugin.training.options import Options
+from mdm_plugin.training.batches import global_batches
 from mdm_plugin.training.step import backward, draw, forward_loss, global_normalizer
-from mdm_plugin.training.weights import Weights
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"

@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mdm_plugin.quickstart import worked_answer, write_tokenizer
+from mdm_plugin.quickstart.data import worked_answer, write_tokenizer
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "chain": (

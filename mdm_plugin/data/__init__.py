@@ -1,14 +1,19 @@
-"""Rows of tokens, from files and data sets, and the batches of a training run."""
+"""Rows of tokens, from files and data sets, and the batches of a training run.
 
-from mdm_plugin.data.batches import Batch, GlobalBatches
+May import: errors, noise, models.
+"""
+
+from mdm_plugin.data.batches import Batch, GlobalBatches, Padding, Split
 from mdm_plugin.data.datasets import chat_dataset, instruct_dataset, text_dataset
 from mdm_plugin.data.rows import Row, Rows
 
 __all__ = [
     "Batch",
     "GlobalBatches",
+    "Padding",
     "Row",
     "Rows",
+    "Split",
     "chat_dataset",
     "instruct_dataset",
     "text_dataset",

@@ -27,26 +27,54 @@ class Batch(NamedTuple):
     places: Tensor
 
 
+class Split(NamedTuple):
+    """What a global batch is made of, and whose share this is.
+
+    batch_size: rows of a micro-batch. ranks, rank: how many share the batch, and which this is.
+    accumulation: micro-batches of each rank.
+    """
+
+    batch_size: int
+    ranks: int = 1
+    rank: int = 0
+    accumulation: int = 1
+
+    @property
+    def size(self) -> int:
+        """Rows of a global batch."""
+        return self.batch_size * self.ranks * self.accumulation
+
+
+class Padding(NamedTuple):
+    """How rows of one batch become of one length.
+
+    pad_id: token of padding.
+    eos_id: LLaDA's way: rows are filled with this token (EOS) to the longest of the global batch,
+        and the filling is part of the response, to be predicted and attended to. None: padding is
+        neither.
+    multiple: lengths are rounded up to it, so that fewer shapes occur.
+    max_len: never pad beyond this.
+    """
+
+    pad_id: int
+    eos_id: int | None = None
+    multiple: int = 1
+    max_len: int | None = None
+
+
 class GlobalBatches:
     """The batches of a run: each epoch a new order, cut into global batches.
 
-    A global batch is ``batch_size`` rows × ``ranks`` × ``accumulation`` micro-batches. A row's
-    place in it is (micro-batch · ranks + rank) · batch_size + index, and its noise depends on
-    (seed, step, place) alone: whichever rank and micro-batch a row falls to, it is masked
-    alike. The rows of an epoch that fill no whole global batch are left out of it.
+    A row's place in a global batch is (micro-batch · ranks + rank) · batch_size + index, and its
+    noise depends on (seed, step, place) alone: whichever rank and micro-batch a row falls to, it is
+    masked alike. The rows of an epoch that fill no whole global batch are left out of it.
 
     Args:
         rows: the data.
-        batch_size, ranks, accumulation: what a global batch is made of.
-        rank: which share ``micro_batches`` gives.
+        split: of a global batch over micro-batches and ranks.
+        padding: of rows.
         seed: of the order and of the noise.
-        pad_id: token of padding.
         shuffle: a new order in each epoch; else the data's own.
-        eos_padding_id: LLaDA's way: rows are filled with this token (EOS) to the longest of the
-            global batch, and the filling is part of the response, to be predicted and attended
-            to. None: padding is neither.
-        pad_to_multiple_of: round lengths up, so that fewer shapes occur.
-        max_len: never pad beyond this.
         layout: which rows of a global batch make up a micro-batch. ``"padded"``: by place.
             ``"grouped"``: rows of like length, so that little is padded. ``"packed"``: as many
             tokens for each as can be, for rows that are then packed. None changes any row's noise.
@@ -58,33 +86,23 @@ class GlobalBatches:
     def __init__(
         self,
         rows: Rows,
+        split: Split,
+        padding: Padding,
         *,
-        batch_size: int,
         seed: int,
-        pad_id: int,
-        ranks: int = 1,
-        rank: int = 0,
-        accumulation: int = 1,
         shuffle: bool = True,
-        eos_padding_id: int | None = None,
-        pad_to_multiple_of: int = 1,
-        max_len: int | None = None,
         layout: Literal["padded", "grouped", "packed"] = "padded",
     ) -> None:
-        self.size = batch_size * ranks * accumulation
+        self.size = split.size
         self.steps_per_epoch = len(rows) // self.size
         if not self.steps_per_epoch:
             raise UserError(
                 f"batch_size: {len(rows)} rows do not fill one global batch of {self.size} = "
-                f"{batch_size} per rank × {ranks} ranks × {accumulation} accumulation steps"
+                f"{split.batch_size} per rank × {split.ranks} ranks × {split.accumulation} "
+                "accumulation steps"
             )
-        self.rows = rows
-        self.batch_size, self.ranks, self.rank = batch_size, ranks, rank
-        self.accumulation = accumulation
-        self.seed, self.shuffle = seed, shuffle
-        self.pad_id, self.eos_padding_id = pad_id, eos_padding_id
-        self.multiple, self.max_len = pad_to_multiple_of, max_len
-        self.layout = layout
+        self.rows, self.split, self.padding = rows, split, padding
+        self.seed, self.shuffle, self.layout = seed, shuffle, layout
         self._order: tuple[int, Tensor] | None = None
 
     def row_indices(self, step: int) -> Tensor:
@@ -102,21 +120,22 @@ class GlobalBatches:
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``, in the order of accumulation."""
         indices = self.row_indices(step)
-        longest = int(self.rows.lengths[indices].max())
+        lengths = self.rows.lengths_of(indices)
+        longest = int(lengths.max())
         batches = []
-        for places in self._places(self.rows.lengths[indices])[:, self.rank]:
+        for places in self._places(lengths)[:, self.split.rank]:
             batches.append(self.collate(indices[places], places, ("mask", step), longest))
         return batches
 
     def _places(self, lengths: Tensor) -> Tensor:
         """The places of a global batch, as micro-batches. [accumulation, ranks, batch_size]."""
-        slots, rows = self.accumulation * self.ranks, self.batch_size
-        shape = (self.accumulation, self.ranks, rows)
+        rows, ranks, _, accumulation = self.split
+        slots, shape = accumulation * ranks, (accumulation, ranks, rows)
         if self.layout == "padded":
             return torch.arange(self.size).view(shape)
         order = lengths.argsort(stable=True, descending=True)
         if self.layout == "grouped":  # the ranks' shares of a micro-batch are alike too
-            return order.view(self.accumulation, rows, self.ranks).transpose(1, 2)
+            return order.view(accumulation, rows, ranks).transpose(1, 2)
         dealt = order.view(rows, slots)
         dealt[1::2] = dealt[1::2].flip(1)  # to and fro
         return dealt.t().reshape(shape)
@@ -129,14 +148,12 @@ class GlobalBatches:
         indices [R], places [R]. longest: the longest row of all that make up one gradient; EOS
         padding goes as far.
         """
-        eos = self.eos_padding_id
+        pad, eos, multiple, max_len = self.padding
         if eos is None:
-            longest = int(self.rows.lengths[indices].max())
-        length = -(-longest // self.multiple) * self.multiple
-        length = length if self.max_len is None else min(length, max(self.max_len, longest))
-        tokens, eligible, real = self.rows.padded(
-            indices, length, self.pad_id if eos is None else eos
-        )
+            longest = int(self.rows.lengths_of(indices).max())
+        length = -(-longest // multiple) * multiple
+        length = length if max_len is None else min(length, max(max_len, longest))
+        tokens, eligible, real = self.rows.padded(indices, length, pad if eos is None else eos)
         u = keyed_uniform(self.seed, *key, places=places, length=length)
         if eos is not None:
             return Batch(tokens, eligible | ~real, None, u, places)

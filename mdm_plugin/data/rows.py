@@ -1,10 +1,14 @@
-"""Tokenised rows, held in memory in three flat tensors."""
+"""Tokenised rows: in memory, or in an Arrow file that stays on disk."""
 
-from collections.abc import Iterable
+import mmap
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -24,62 +28,173 @@ class Row(NamedTuple):
         return self.tokens[: int(self.eligible.int().argmax())]
 
 
+class Chunk(NamedTuple):
+    """Some rows, end to end.
+
+    tokens: [T], int32. eligible: [T], bool. ends: [rows + 1], where each row begins, and the end.
+    """
+
+    tokens: NDArray[Any]
+    eligible: NDArray[Any]
+    ends: NDArray[Any]
+
+
+class Facts(NamedTuple):
+    """What is known of rows without reading them.
+
+    tokens: in all rows. longest: tokens of the longest. max_token: largest token id.
+    fingerprint: a hash of all tokens and of what is eligible: another one is other data.
+    report: one line on what reading cut or left out; empty if nothing.
+    """
+
+    tokens: int
+    longest: int
+    max_token: int
+    fingerprint: str
+    report: str = ""
+
+
+TOKENS_PER_CHUNK = 1 << 20
+_RELEASE_EVERY = 64  # reads
+
+
 class Rows(torch.utils.data.Dataset[Row]):
-    """A data set of ``Row``s: five bytes per token, the same on every rank.
+    """A data set of ``Row``s.
 
     Args:
-        rows: (token ids, eligible) of each row.
-        report: one line on what reading cut or left out; empty if nothing.
+        rows: (token ids, eligible) of each row, to be held in memory, five bytes per token.
+        report: as in ``Facts``.
     """
 
     def __init__(self, rows: Iterable[tuple[list[int], list[bool]]], report: str = "") -> None:
-        tokens, eligible, ends = [], [], [0]
-        for ids, may_be_masked in rows:
-            tokens.append(torch.tensor(ids, dtype=torch.int32))
-            eligible.append(torch.tensor(may_be_masked, dtype=torch.bool))
-            ends.append(ends[-1] + len(ids))
-        self._tokens = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32)
-        self._eligible = torch.cat(eligible) if eligible else torch.empty(0, dtype=torch.bool)
-        self._ends = torch.tensor(ends)
-        self.report = report
+        self._use(list(chunks(rows)), None)
+        self.facts = self.find_facts(report)
+
+    @classmethod
+    def open(cls, file: Path, facts: Facts) -> "Rows":
+        """The rows of an Arrow file that ``mdm_plugin.data.cache`` wrote, mapped and not read.
+
+        What is read of it is given back to the system again and again: a process never holds more
+        than a few steps' rows, and processes of one machine share the file's pages.
+        """
+        import pyarrow
+
+        with file.open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        parts = []
+        for batch in pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)):
+            tokens, eligible = batch.column("tokens"), batch.column("eligible")
+            parts.append(
+                Chunk(
+                    tokens.values.to_numpy(),
+                    eligible.values.to_numpy().view(numpy.bool_),
+                    tokens.offsets.to_numpy(),
+                )
+            )
+        self = cls.__new__(cls)
+        self._use(parts, mapped)
+        self.facts = facts
+        return self
+
+    def _use(self, parts: list[Chunk], mapped: mmap.mmap | None) -> None:
+        self._chunks, self._mapped, self._reads = parts, mapped, 0
+        self._starts = numpy.cumsum([0, *(len(x.ends) - 1 for x in parts)])
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return int(self._starts[-1])
+
+    def _find(self, index: int) -> tuple[Chunk, int, int]:
+        """A row's chunk, and where in it the row begins and ends."""
+        number = int(numpy.searchsorted(self._starts, index, side="right")) - 1
+        chunk, place = self._chunks[number], index - int(self._starts[number])
+        return chunk, int(chunk.ends[place]), int(chunk.ends[place + 1])
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        place = slice(int(self._ends[index]), int(self._ends[index + 1]))
-        return Row(self._tokens[place].long(), self._eligible[place])
+        chunk, start, end = self._find(index)
+        tokens = torch.from_numpy(chunk.tokens[start:end].astype(numpy.int64))
+        return Row(tokens, torch.from_numpy(chunk.eligible[start:end].copy()))
 
     def padded(self, indices: Tensor, length: int, fill: int) -> tuple[Tensor, Tensor, Tensor]:
         """Some rows, filled to ``length``: tokens, eligible, and what is no filling; [R, length].
 
         indices [R], of rows of ``length`` tokens or fewer.
         """
-        column = torch.arange(length)
-        real = column < self.lengths[indices][:, None]
-        place = torch.where(real, self._ends[indices][:, None] + column, 0)
-        tokens = torch.where(real, self._tokens[place].long(), fill)
-        return tokens, self._eligible[place] & real, real
+        tokens = torch.full((len(indices), length), fill)
+        eligible, real = torch.zeros(2, len(indices), length, dtype=torch.bool)
+        ids, may_be_masked, no_filling = tokens.numpy(), eligible.numpy(), real.numpy()
+        for i, index in enumerate(indices.tolist()):
+            chunk, start, end = self._find(index)
+            ids[i, : end - start] = chunk.tokens[start:end]
+            may_be_masked[i, : end - start] = chunk.eligible[start:end]
+            no_filling[i, : end - start] = True
+        self._release()
+        return tokens, eligible, real
+
+    def _release(self) -> None:
+        """Now and then, let go of the pages of the file that have been read; the system keeps them
+        as long as it has room."""
+        self._reads += 1
+        if self._mapped is not None and self._reads % _RELEASE_EVERY == 0:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+    def lengths_of(self, indices: Tensor) -> Tensor:
+        """Tokens of some rows. indices [R] → [R], long."""
+        found = (self._find(index) for index in indices.tolist())
+        return torch.tensor([end - start for _, start, end in found], dtype=torch.long)
+
+    def eligible_of(self, indices: Tensor) -> Tensor:
+        """Eligible tokens of some rows. indices [R] → [R], long."""
+        found = (self._find(index) for index in indices.tolist())
+        counts = [int(chunk.eligible[start:end].sum()) for chunk, start, end in found]
+        return torch.tensor(counts, dtype=torch.long)
 
     def __str__(self) -> str:
-        text = f"{len(self)} rows, {int(self.lengths.sum())} tokens"
-        return f"{text}; {self.report}" if self.report else text
+        text = f"{len(self)} rows, {self.facts.tokens} tokens"
+        return f"{text}; {self.facts.report}" if self.facts.report else text
 
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each row, [rows], long."""
-        return self._ends.diff()
-
-    @property
-    def max_token(self) -> int:
-        """Largest token id in use."""
-        return int(self._tokens.max())
-
-    def fingerprint(self) -> str:
-        """A hash of all tokens and of what is eligible: another one is other data."""
+    def find_facts(self, report: str = "") -> Facts:
+        """The facts, by reading all rows once for each of what is hashed."""
         digest = blake2b(digest_size=16)
-        for tensor in (self._tokens, self._eligible, self._ends):
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+        longest, max_token = 0, 0
+        for chunk in self._each():
+            digest.update(chunk.tokens.tobytes())
+            if len(chunk.tokens):
+                max_token = max(max_token, int(chunk.tokens.max()))
+        for chunk in self._each():
+            digest.update(chunk.eligible.tobytes())
+        total = 0
+        digest.update(numpy.int64(0).tobytes())
+        for chunk in self._each():
+            digest.update((chunk.ends[1:].astype(numpy.int64) + total).tobytes())
+            longest = max(longest, int(numpy.diff(chunk.ends).max(initial=0)))
+            total += int(chunk.ends[-1])
+        return Facts(total, longest, max_token, digest.hexdigest(), report)
+
+    def _each(self) -> Iterator[Chunk]:
+        for chunk in self._chunks:
+            yield chunk
+            if self._mapped is not None:
+                self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def chunks(rows: Iterable[tuple[list[int], list[bool]]]) -> Iterator[Chunk]:
+    """Rows in chunks of about ``TOKENS_PER_CHUNK`` tokens, one after another."""
+    tokens: list[NDArray[Any]] = []
+    eligible: list[NDArray[Any]] = []
+    count = 0
+    for ids, may_be_masked in rows:
+        tokens.append(numpy.array(ids, dtype=numpy.int32))
+        eligible.append(numpy.array(may_be_masked, dtype=numpy.bool_))
+        count += len(ids)
+        if count >= TOKENS_PER_CHUNK:
+            yield _chunk(tokens, eligible)
+            tokens, eligible, count = [], [], 0
+    if tokens:
+        yield _chunk(tokens, eligible)
+
+
+def _chunk(tokens: list[NDArray[Any]], eligible: list[NDArray[Any]]) -> Chunk:
+    ends = numpy.cumsum([0, *(len(x) for x in tokens)], dtype=numpy.int32)
+    return Chunk(numpy.concatenate(tokens), numpy.concatenate(eligible), ends)

@@ -1,7 +1,8 @@
 """Raw rows from files, local directories and the Hugging Face hub, each with its place."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,12 +19,23 @@ LONGEST_LINE = 64 << 20  # bytes; one line without an end must not fill the memo
 _FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def read_rows(
-    source: str, data_files: str | Sequence[str] | None = None, split: str = "train", **load: Any
-) -> Iterator[tuple[str, Any]]:
-    """(place, row) for each row; the place is "file:line" or "name[split], row i".
+class Source(NamedTuple):
+    """Raw rows that can be read, and what another reading of them can be told by.
 
-    A line of a .jsonl file that is not JSON comes as ``Invalid``, for the caller's policy.
+    identity: JSON. Of files: paths, sizes and times of change; of a data set, its fingerprint.
+    rows: (place, row) for each row; the place is "file:line" or "name[split], row i". A line of a
+        .jsonl file that is not JSON comes as ``Invalid``, for the caller's policy. It raises a
+        UserError if a file is empty or not of its format.
+    """
+
+    identity: Any
+    rows: Callable[[], Iterator[tuple[str, Any]]]
+
+
+def find_source(
+    source: str, data_files: str | Sequence[str] | None = None, split: str = "train", **load: Any
+) -> Source:
+    """Where rows are to be read from.
 
     Args:
         source: a .jsonl, .json or .parquet file; or ``"json"`` or ``"parquet"`` with
@@ -33,27 +45,42 @@ def read_rows(
         load: further arguments of ``datasets.load_dataset``.
 
     Raises:
-        UserError: if a file is missing, empty or not of its format.
+        UserError: if a file is missing, or a data set cannot be loaded.
     """
     suffix = Path(source).suffix
     if source in ("json", "parquet"):
         if not data_files:
             raise UserError(f'data_files: not given, and source is "{source}": name the files')
-        files, kind = [data_files] if isinstance(data_files, str) else list(data_files), source
+        names, kind = [data_files] if isinstance(data_files, str) else list(data_files), source
     elif suffix in _FORMATS:
-        files, kind = [source], _FORMATS[suffix]
+        names, kind = [source], _FORMATS[suffix]
     else:
-        yield from _hub(source, data_files, split, load)
-        return
+        return _hub(source, data_files, split, load)
     if split != "train" or load:
         given = ", ".join(["split"] * (split != "train") + sorted(load))
-        raise UserError(f"{given}: applies to a hub or local data set, not to the file {files[0]}")
-    for name in files:
-        file = Path(name).expanduser()
+        raise UserError(f"{given}: applies to a hub or local data set, not to the file {names[0]}")
+    files = [Path(name).expanduser() for name in names]
+    for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist")
+    stats = [(file.resolve(), file.stat()) for file in files]
+    identity = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    return Source(
+        [kind, identity], partial(_of_files, files, _json if kind == "json" else _parquet)
+    )
+
+
+def read_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a source; see ``Source``."""
+    return find_source(source).rows()
+
+
+def _of_files(
+    files: list[Path], read: Callable[[Path], Iterator[tuple[str, Any]]]
+) -> Iterator[tuple[str, Any]]:
+    for file in files:
         empty = True
-        for place, row in (_json if kind == "json" else _parquet)(file):
+        for place, row in read(file):
             empty = False
             yield place, row
         if empty:
@@ -113,9 +140,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file}: not a valid Parquet file: {error}") from error
 
 
-def _hub(
-    source: str, data_files: Any, split: str, load: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
+def _hub(source: str, data_files: Any, split: str, load: dict[str, Any]) -> Source:
     import datasets
 
     try:
@@ -130,5 +155,9 @@ def _hub(
     except Exception as error:  # datasets raises many kinds: all are about the name or the network
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"source: the data set {source!r} cannot be loaded: {reason}") from error
-    for i, row in enumerate(data, 1):
-        yield f"{source}[{split}], row {i}", row
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for i, row in enumerate(data, 1):
+            yield f"{source}[{split}], row {i}", row
+
+    return Source(["dataset", source, split, data._fingerprint], rows)

@@ -1,6 +1,9 @@
-"""How good a model is: its NELBO, and the share of its answers that are right."""
+"""How good a model is: its NELBO, right answers, lm-eval's tasks, and its estimators' variance.
+
+May import: everything but quickstart and titan.
+"""
 
 from mdm_plugin.evaluation.exact_match import ExactMatch, exact_match
-from mdm_plugin.evaluation.nelbo import NELBO, nelbo
+from mdm_plugin.evaluation.nelbo import NELBO, BoundEstimator
 
-__all__ = ["NELBO", "ExactMatch", "exact_match", "nelbo"]
+__all__ = ["NELBO", "BoundEstimator", "ExactMatch", "exact_match"]

@@ -68,14 +68,14 @@ def compare(directories: list[Path]) -> list[Difference]:
     for other in directories[1:]:
         for task in tasks[directories[0]]:
             if task in tasks[other]:
-                records = [Parts(x, task).read() for x in (directories[0], other)]
-                found.append(difference(task, str(other), *records))
+                first, second = (Parts(x, task).read() for x in (directories[0], other))
+                found.append(difference(task, str(other), first, second))
     if not found:
         raise UserError("the evaluations have no task in common")
     return found
 
 
-def draw(differences: list[Difference], first: str, file: Path) -> None:
+def plot(differences: list[Difference], first: str, file: Path) -> None:
     """Differences with their intervals, a panel per task."""
     from matplotlib.figure import Figure
 
@@ -114,7 +114,7 @@ def main() -> None:
         print(
             f"{x.task:24} {x.name:32} {x.value:+.4f} [{x.low:+.4f}, {x.high:+.4f}]  {x.rows} rows"
         )
-    draw(found, str(given.directories[0]), given.figure)
+    plot(found, str(given.directories[0]), given.figure)
     print(f"Written to {given.figure}")
 
 

@@ -1,15 +1,13 @@
 """Right answers, counted by a verifier."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
 from tqdm import tqdm
 
 from mdm_plugin.data.prompts import Prompt
-from mdm_plugin.generation import Decoding, complete
-from mdm_plugin.models.tokenizer import ChatTokenizer
+from mdm_plugin.generation import Decoding, generate
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
 
 
 class ExactMatch(NamedTuple):
@@ -29,15 +27,15 @@ class ExactMatch(NamedTuple):
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson 1927)."""
-    z, n, p = 1.959964, total, correct / total
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    """95 % score interval of a share (Wilson 1927), scipy's."""
+    from scipy.stats import binomtest  # it takes half a second, and few need it
+
+    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def exact_match(
-    model: nn.Module,
+    model: MDMTransformer,
     tokenizer: ChatTokenizer,
     prompts: Sequence[Prompt],
     verify: Callable[[str, Mapping[str, Any]], bool],
@@ -50,8 +48,7 @@ def exact_match(
     """Generate an answer to each prompt and verify it.
 
     Args:
-        model: an ``MDMTransformer``.
-        tokenizer: its tokenizer.
+        model, tokenizer: what answers.
         prompts: of ``read_prompts``, with their rows.
         verify: (completion, row) → whether it is right.
         max_new_tokens, decoding: see ``mdm_plugin.generation.generate``.
@@ -64,11 +61,11 @@ def exact_match(
         range(0, len(prompts), batch_size), desc=progress, disable=progress is None, leave=False
     ):
         batch = prompts[start : start + batch_size]
-        written = complete(
+        written = generate(
             model,
-            tokenizer,
             [prompt.ids for prompt in batch],
             decoding,
+            special=tokenizer,
             max_new_tokens=max_new_tokens,
             seeds=range(start, start + len(batch)),
         )

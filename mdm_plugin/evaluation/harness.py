@@ -14,17 +14,17 @@ import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from torch import nn
 
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import EvalOptions
 from mdm_plugin.data import Rows
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation.nelbo import bounds
-from mdm_plugin.generation import Decoding, complete, generate
-from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World
-from mdm_plugin.training.inference import load_model, read_decoding
-from mdm_plugin.training.options import EvalOptions
+from mdm_plugin.evaluation.inference import load_model, read_decoding
+from mdm_plugin.evaluation.nelbo import BoundEstimator
+from mdm_plugin.generation import Decoding, TokenIds, generate
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Harness(LM):
     continuation is "greedy" if filling it in one token at a time, the surest first, gives it.
 
     Args:
-        model: an ``MDMTransformer`` in eval mode, whole on every rank.
+        model: in eval mode, whole on every rank.
         tokenizer: its tokenizer.
         decoding: for generation.
         world: every rank takes its share of the requests.
@@ -46,7 +46,7 @@ class Harness(LM):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: MDMTransformer,
         tokenizer: ChatTokenizer,
         decoding: Decoding,
         world: World,
@@ -60,7 +60,7 @@ class Harness(LM):
         self.model, self.tokenizer, self.decoding, self.world = model, tokenizer, decoding, world
         self.batch_size, self.draws, self.seed = batch_size, draws, seed
         self.max_new_tokens = max_new_tokens
-        self.limit = int(model.max_seq_len)  # type: ignore[arg-type]
+        self.limit = model.max_seq_len
 
     @classmethod
     def create_from_arg_obj(
@@ -151,19 +151,10 @@ class Harness(LM):
         if not pairs:
             return []
         rows = Rows((a + b, [False] * len(a) + [True] * len(b)) for a, b in pairs)
-        values = bounds(
-            self.model,
-            rows,
-            torch.arange(len(rows)),
-            mask_id=self.tokenizer.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            batch_size=self.batch_size,
-            device=self.world.device,
-            draws=self.draws,
-            seed=self.seed,
-            shift=self.decoding.shift,
+        estimator = BoundEstimator(
+            self.tokenizer, self.world.alone(), self.batch_size, self.draws, self.seed
         )
-        return (-values.nats).tolist()
+        return (-estimator.bounds(self.model, rows, torch.arange(len(rows))).nats).tolist()
 
     def _likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]]
@@ -174,10 +165,8 @@ class Harness(LM):
             room = self.limit - len(start)
             surest = generate(  # to the end: a continuation may go on after an EOS
                 self.model,
-                [torch.tensor(start)],
-                Decoding(shift=self.decoding.shift),
-                mask_id=self.tokenizer.mask_id,
-                pad_id=self.tokenizer.pad_id,
+                [start],
+                special=TokenIds(self.tokenizer.mask_id, self.tokenizer.pad_id),
                 max_new_tokens=min(len(continuation), room),
             )
             greedy.append(surest.tokens[0].tolist() == continuation)
@@ -190,11 +179,11 @@ class Harness(LM):
             block = self.decoding.block_length or 1
             length = max(block, length // block * block)
             ids = self.tokenizer.encode(context)[-(self.limit - length) :]
-            written = complete(
+            written = generate(
                 self.model,
-                self.tokenizer,
                 [ids],
                 self.decoding,
+                special=self.tokenizer,
                 max_new_tokens=length,
                 seeds=[self.seed],
             )

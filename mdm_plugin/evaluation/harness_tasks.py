@@ -31,27 +31,22 @@ def check_harness_task(task: str, settings: dict[str, Any]) -> None:
         )
 
 
-def run_harness_task(
-    task: str, settings: dict[str, Any], parts: tuple[Any, ...], **arguments: Any
-) -> dict[str, float]:
+def run_harness_task(task: str, settings: dict[str, Any], model: Any) -> dict[str, float]:
     """Evaluate one task, called on every rank; the figures, for the harness's first process.
 
     Args:
         task, settings: as in ``check_harness_task``.
-        parts: model, tokenizer, decoding and world.
-        arguments: batch_size, draws, seed, max_new_tokens.
+        model: a ``mdm_plugin.evaluation.harness.Harness``.
 
     Raises:
         UserError: if the harness refuses the settings.
     """
     import lm_eval
 
-    from mdm_plugin.evaluation.harness import Harness
-
     given = {key: value for key, value in settings.items() if key != "include_path"}
     try:
         result = lm_eval.simple_evaluate(
-            model=Harness(*parts, **arguments),
+            model=model,
             tasks=[task],
             task_manager=_manager(settings),
             bootstrap_iters=1000,

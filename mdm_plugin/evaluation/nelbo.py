@@ -1,16 +1,18 @@
 """The negative evidence lower bound: an upper bound on −log p(response | prompt)."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mdm_plugin.data.rows import Rows
+from mdm_plugin.distributed.world import World
+from mdm_plugin.generation import SpecialTokens
 from mdm_plugin.loss import MDMLoss
-from mdm_plugin.masking import ranks as ranks_of
+from mdm_plugin.masking import random_order
 from mdm_plugin.noise import keyed_generator, keyed_uniform
 
 _Z = 1.959964  # of a 95 % interval
@@ -67,25 +69,23 @@ class Bound(NamedTuple):
     variance: Tensor
 
 
-@torch.no_grad()
-def bounds(
-    model: nn.Module,
-    rows: Rows,
-    indices: Tensor,
-    *,
-    mask_id: int,
-    pad_id: int,
-    batch_size: int,
-    device: torch.device,
-    draws: int = 8,
-    seed: int = 0,
-    shift: bool = False,
-    chunk_size: int = 1024,
-    rank: int = 0,
-    ranks: int = 1,
-    group: dist.ProcessGroup | None = None,
-) -> Bound:
-    """Estimates of the bound of some rows, from ``draws`` masks of each.
+class _Draws(NamedTuple):
+    """The masks of R rows, K of each: J = R·K jobs.
+
+    tokens, eligible, real: [R, L], the rows, filled up, and what of them is no filling.
+    counts: [R, K], positions that each draw masks. mask: [J, L], bool.
+    """
+
+    tokens: Tensor
+    eligible: Tensor
+    real: Tensor
+    counts: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class BoundEstimator:
+    """Estimates the bound of rows, from some masks of each.
 
     A row's bound is Σ_l E_S[f(S)], f(S) = (1/l)·Σ_{i∈S} CE_i, over the counts l = 1..N and the sets
     S of l positions (LLaDA's Eq. 6, no eps). The counts are spread evenly (``even_counts``), and
@@ -93,73 +93,102 @@ def bounds(
     row, draw): the same rows give the same numbers with any batch size and number of ranks.
 
     Args:
-        model: an ``MDMTransformer``, in eval mode; under FSDP2, called alike on every rank.
-        rows: the data.
-        indices: [R], which of them.
-        mask_id, pad_id: token ids. Padding is neither predicted nor attended to.
+        special: the tokenizer, or its special tokens. Padding is neither predicted nor attended to.
+        world: whose ranks share the rows, and whose device the model is on.
         batch_size: sequences per forward.
-        device: of the model.
-        draws: forwards per row.
+        draws: masks of each row, and so its forwards.
         seed: of the draws.
-        shift, chunk_size: as in ``MDMLoss``.
-        rank, ranks: which share to compute; shares are summed over the ranks.
-        group: of the ranks; None for all processes.
+        chunk_size: as in ``MDMLoss``.
 
     Raises:
         ValueError: if ``draws`` is below 1.
     """
-    if draws < 1:
-        raise ValueError(f"draws is {draws}: use 1 or more")
-    loss = MDMLoss("response", "ones", shift, chunk_size)
-    found = torch.zeros(2, len(indices), dtype=torch.float64)
-    size = max(1, min(batch_size // draws, -(-len(indices) // ranks)))
-    # Under FSDP2 every rank must run as many forwards: short shares repeat row 0, unused.
-    for step in range(-(-len(indices) // (size * ranks))):
-        start = (step * ranks + rank) * size
-        own = torch.arange(len(indices))[start : start + size]
-        row = indices[own]
-        if ranks > 1:
-            row = torch.cat((row, indices[:1].expand(size - len(own))))
-        tokens, eligible, real = rows.padded(row, int(rows.lengths[row].max()), pad_id)
+
+    special: SpecialTokens
+    world: World
+    batch_size: int
+    draws: int = 8
+    seed: int = 0
+    chunk_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}: use 1 or more")
+
+    @torch.no_grad()
+    def bounds(self, model: nn.Module, rows: Rows, indices: Tensor) -> Bound:
+        """The bounds of the rows at ``indices`` [R].
+
+        model: an ``MDMTransformer``, in eval mode; under FSDP2, called alike on every rank.
+        """
+        ranks, rank = self.world.size, self.world.rank
+        found = torch.zeros(2, len(indices), dtype=torch.float64)
+        size = max(1, min(self.batch_size // self.draws, -(-len(indices) // ranks)))
+        # Under FSDP2 every rank must run as many forwards: short shares repeat row 0, unused.
+        for step in range(-(-len(indices) // (size * ranks))):
+            start = (step * ranks + rank) * size
+            own = torch.arange(len(indices))[start : start + size]
+            row = indices[own]
+            if ranks > 1:
+                row = torch.cat((row, indices[:1].expand(size - len(own))))
+            drawn = self._draw(rows, row)
+            ce = self._forward(model, drawn)
+            for j in range(len(own)):
+                at, where = slice(j * self.draws, (j + 1) * self.draws), drawn.eligible[j]
+                found[:, start + j] = torch.stack(
+                    controlled(ce[at][:, where], drawn.mask[at][:, where], drawn.counts[j])
+                )
+        nats, variance = self.world.sum(found).cpu()
+        return Bound(nats, variance)
+
+    def _draw(self, rows: Rows, row: Tensor) -> _Draws:
+        """The masks of some rows."""
+        draws, seed = self.draws, self.seed
+        length = int(rows.lengths_of(row).max())
+        tokens, eligible, real = rows.padded(row, length, self.special.pad_id)
+        offsets = [
+            torch.rand(1, generator=keyed_generator(seed, "nelbo count", draws, i))
+            for i in row.tolist()
+        ]
         n = eligible.sum(1)
-        offset = torch.cat(
-            [
-                torch.rand(1, generator=keyed_generator(seed, "nelbo count", draws, i))
-                for i in row.tolist()
-            ]
+        counts = torch.stack(
+            [even_counts(int(k), draws, float(o)) for k, o in zip(n, offsets, strict=True)]
         )
-        count = torch.stack(
-            [even_counts(int(k), draws, float(o)) for k, o in zip(n, offset, strict=True)]
-        )
-        length = tokens.shape[1]
         places = (row[:, None] * draws + torch.arange(draws)).flatten()
         u = keyed_uniform(seed, "nelbo mask", draws, places=places, length=length)
-        jobs = torch.arange(len(row)).repeat_interleave(draws)
-        mask = (ranks_of(u, eligible[jobs]) < count.flatten()[:, None]) & eligible[jobs]
-        ce = torch.zeros(len(jobs), length, dtype=torch.float64)
-        for part in torch.arange(len(jobs)).split(batch_size):
-            here = tokens[jobs[part]]
+        may_be = eligible.repeat_interleave(draws, 0)
+        mask = (random_order(u, may_be) < counts.flatten()[:, None]) & may_be
+        return _Draws(tokens, eligible, real, counts, mask)
+
+    def _forward(self, model: nn.Module, drawn: _Draws) -> Tensor:
+        """CE of each masked position, else 0. [J, L], fp64."""
+        loss = MDMLoss("response", "ones", self.chunk_size)
+        device = self.world.device
+        ce = torch.zeros(drawn.mask.shape, dtype=torch.float64)
+        for part in torch.arange(len(ce)).split(self.batch_size):
+            row, mask = part // self.draws, drawn.mask[part]
+            tokens, n = drawn.tokens[row], drawn.eligible[row].sum(1)
             one = torch.ones(len(part), dtype=torch.float64)
-            targets = loss.targets(here, mask[part][None], one[None], one, n[jobs[part]])
-            targets = targets.to(device)
+            targets = loss.targets(tokens, mask[None], one[None], one, n).to(device)
             _, values = model(
-                torch.where(mask[part], mask_id, here).to(device),
-                mask=real[jobs[part], None].to(device),
+                torch.where(mask, self.special.mask_id, tokens).to(device),
+                mask=drawn.real[row, None].to(device),
                 positions=targets.positions,
                 head=partial(loss, targets=targets),
             )
-            block = ce[part]
-            block[mask[part]] = values.double().cpu()
+            block = torch.zeros(mask.shape, dtype=torch.float64)
+            block[mask] = values.double().cpu()
             ce[part] = block
-        for j in range(len(own)):
-            at = slice(j * draws, (j + 1) * draws)
-            found[:, start + j] = torch.stack(
-                controlled(ce[at][:, eligible[j]], mask[at][:, eligible[j]], count[j])
-            )
-    if ranks > 1:
-        found = found.to(device)
-        dist.all_reduce(found, group=group)
-    return Bound(*found.cpu())
+        return ce
+
+    def nelbo(self, model: nn.Module, rows: Rows) -> NELBO:
+        """The bound of all rows together; the model is in eval mode meanwhile."""
+        was_training = model.training
+        model.eval()
+        every = torch.arange(len(rows))
+        values = self.bounds(model, rows, every)
+        model.train(was_training)
+        return summary(values, rows.eligible_of(every))
 
 
 def even_counts(n: int, draws: int, offset: float) -> Tensor:
@@ -216,48 +245,3 @@ def summary(bound: Bound, tokens: Tensor) -> NELBO:
     residual = bound.nats - nats * tokens
     spread = (rows / max(1, rows - 1) * residual.square().sum()).sqrt() / total
     return NELBO(nats, float(bound.variance.sum().sqrt()) / total, float(spread), rows, total)
-
-
-@torch.no_grad()
-def nelbo(
-    model: nn.Module,
-    rows: Rows,
-    *,
-    mask_id: int,
-    pad_id: int,
-    batch_size: int,
-    device: torch.device,
-    draws: int = 8,
-    seed: int = 0,
-    shift: bool = False,
-    chunk_size: int = 1024,
-    rank: int = 0,
-    ranks: int = 1,
-    group: dist.ProcessGroup | None = None,
-) -> NELBO:
-    """The bound of all rows; arguments and errors as of ``bounds``."""
-    was_training = model.training
-    model.eval()
-    values = bounds(
-        model,
-        rows,
-        torch.arange(len(rows)),
-        mask_id=mask_id,
-        pad_id=pad_id,
-        batch_size=batch_size,
-        device=device,
-        draws=draws,
-        seed=seed,
-        shift=shift,
-        chunk_size=chunk_size,
-        rank=rank,
-        ranks=ranks,
-        group=group,
-    )
-    model.train(was_training)
-    return summary(values, response_tokens(rows))
-
-
-def response_tokens(rows: Rows) -> Tensor:
-    """[R], how many tokens of each row are eligible."""
-    return torch.tensor([int(rows[i].eligible.sum()) for i in range(len(rows))])

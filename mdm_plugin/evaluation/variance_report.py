@@ -2,13 +2,14 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from mdm_plugin.training.secrets import redacted
+from mdm_plugin.config.secrets import redacted
 from mdm_plugin.variance import Decomposition, Estimate, decompose, ratio
 
 
@@ -147,6 +148,13 @@ def _table(lines: list[Line], floor: float, result: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
+_PARTS: tuple[tuple[Callable[[Decomposition], Estimate], str, str], ...] = (
+    (lambda x: x.A, "A masking pattern", "#4878cf"),
+    (lambda x: x.B, "B masking rate", "#ee854a"),
+    (lambda x: x.C, "C data", "#9a9a9a"),
+)
+
+
 def _bars(lines: list[Line], floor: float) -> Any:
     from matplotlib.figure import Figure
 
@@ -160,13 +168,9 @@ def _bars(lines: list[Line], floor: float) -> Any:
         strict=True,
     ):
         left = [0.0] * len(lines)
-        for part, label, colour in (
-            ("A", "A masking pattern", "#4878cf"),
-            ("B", "B masking rate", "#ee854a"),
-            ("C", "C data", "#9a9a9a"),
-        ):
+        for part, label, colour in _PARTS:
             widths = [
-                max(0.0, getattr(x.gradient, part).value / unit)
+                max(0.0, part(x.gradient).value / unit)
                 * (x.measured.forwards if by_forwards else 1)
                 for x in lines
             ][::-1]

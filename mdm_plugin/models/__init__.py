@@ -1,4 +1,7 @@
-"""Models with bidirectional attention, on torchtune's transformer layers, and their tokenizers."""
+"""Models with bidirectional attention, on torchtune's transformer layers, and their tokenizers.
+
+May import: errors, torchtune_internals, and of the maths the loss (a head that it knows).
+"""
 
 from mdm_plugin.models.autoregressive import from_autoregressive
 from mdm_plugin.models.dream import dream, dream_7b, lora_dream, lora_dream_7b, qlora_dream_7b

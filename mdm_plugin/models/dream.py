@@ -1,6 +1,6 @@
 """Dream (arXiv 2508.15487): Qwen2.5 made bidirectional; its logits are shifted by one.
 
-Train it with ``loss.shift: True``: the token at i is predicted from position i − 1.
+The token at i is predicted from position i − 1: ``MDMTransformer.shift`` says so to all its users.
 """
 
 from functools import partial
@@ -8,7 +8,12 @@ from typing import Any
 
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 
-from mdm_plugin.models.transformer import MDMTransformer, bidirectional, check_heads
+from mdm_plugin.models.transformer import (
+    MDMTransformer,
+    bidirectional,
+    check_heads,
+    with_arguments_of,
+)
 
 # Dream-v0 7B Base and Instruct: their config.json.
 DREAM_7B: dict[str, Any] = {
@@ -61,59 +66,28 @@ def dream(
             attn_dropout=attn_dropout,
             norm_eps=norm_eps,
             rope_base=rope_base,
-        )
+        ),
+        shift=True,
     )
 
 
+@with_arguments_of(lora_qwen2)
 def lora_dream(
     lora_attn_modules: list[str],
-    apply_lora_to_mlp: bool = False,
-    apply_lora_to_output: bool = False,
-    *,
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    embed_dim: int,
-    intermediate_dim: int,
-    max_seq_len: int,
-    lora_rank: int,
-    lora_alpha: float,
-    attn_dropout: float = 0.0,
     norm_eps: float = 1e-6,
     rope_base: float = 1_000_000.0,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
+    **arguments: Any,
 ) -> MDMTransformer:
-    """``dream`` with low-rank adapters, which alone are trained; see ``lora_llada``.
+    """``dream`` with low-rank adapters, which alone are trained; arguments as of ``lora_llada``.
 
     Raises:
         ValueError: as ``dream``.
     """
-    check_heads(embed_dim, num_heads, num_kv_heads)
-    return bidirectional(
-        lora_qwen2(
-            lora_attn_modules=list(lora_attn_modules),
-            apply_lora_to_mlp=apply_lora_to_mlp,
-            apply_lora_to_output=apply_lora_to_output,
-            vocab_size=vocab_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            embed_dim=embed_dim,
-            intermediate_dim=intermediate_dim,
-            max_seq_len=max_seq_len,
-            attn_dropout=attn_dropout,
-            norm_eps=norm_eps,
-            rope_base=rope_base,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_dora=use_dora,
-            quantize_base=quantize_base,
-        )
+    check_heads(arguments["embed_dim"], arguments["num_heads"], arguments["num_kv_heads"])
+    decoder = lora_qwen2(
+        list(lora_attn_modules), norm_eps=norm_eps, rope_base=rope_base, **arguments
     )
+    return bidirectional(decoder, shift=True)
 
 
 def dream_7b(max_seq_len: int = 2048) -> MDMTransformer:

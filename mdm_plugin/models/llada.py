@@ -6,7 +6,12 @@ from typing import Any
 from torchtune.models.llama2 import llama2, lora_llama2
 from torchtune.modules import RotaryPositionalEmbeddings
 
-from mdm_plugin.models.transformer import MDMTransformer, bidirectional, check_heads
+from mdm_plugin.models.transformer import (
+    MDMTransformer,
+    bidirectional,
+    check_heads,
+    with_arguments_of,
+)
 
 # LLaDA-8B Base and Instruct, and LLaDA 1.5: their config.json.
 LLADA_8B: dict[str, Any] = {
@@ -65,63 +70,37 @@ def llada(
     )
 
 
+@with_arguments_of(lora_llama2)
 def lora_llada(
     lora_attn_modules: list[str],
-    apply_lora_to_mlp: bool = False,
-    apply_lora_to_output: bool = False,
-    *,
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    embed_dim: int,
-    max_seq_len: int,
-    intermediate_dim: int,
-    lora_rank: int,
-    lora_alpha: float,
     num_kv_heads: int | None = None,
-    attn_dropout: float = 0.0,
     norm_eps: float = 1e-5,
     rope_base: float = 500_000.0,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
+    **arguments: Any,
 ) -> MDMTransformer:
-    """``llada`` with low-rank adapters, which alone are trained; torchtune's arguments.
+    """``llada`` with low-rank adapters, which alone are trained.
 
     Args:
         lora_attn_modules: of ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``.
-        apply_lora_to_mlp, apply_lora_to_output: adapters there too.
-        lora_rank, lora_alpha, lora_dropout: r, α (the adapter's factor is α/r) and dropout.
-        use_dora: DoRA, with a learnt magnitude per output.
-        quantize_base: QLoRA: the linear layers' own weights in NF4 (not the head's).
-        vocab_size, num_layers, num_heads, embed_dim, max_seq_len, intermediate_dim, num_kv_heads,
-            attn_dropout, norm_eps, rope_base: as in ``llada``.
+        num_kv_heads, norm_eps, rope_base: as in ``llada``.
+        arguments: ``llada``'s others, and torchtune's for adapters: ``apply_lora_to_mlp`` and
+            ``apply_lora_to_output``; ``lora_rank``, ``lora_alpha`` and ``lora_dropout``: r, α (the
+            adapter's factor is α/r) and dropout; ``use_dora``: a learnt magnitude per output;
+            ``quantize_base``: QLoRA, the linear layers' own weights in NF4 (not the head's).
 
     Raises:
         ValueError: as ``llada``.
     """
-    num_kv_heads = check_heads(embed_dim, num_heads, num_kv_heads)
+    embed_dim, num_heads = arguments["embed_dim"], arguments["num_heads"]
     decoder = lora_llama2(
-        lora_attn_modules=list(lora_attn_modules),
-        apply_lora_to_mlp=apply_lora_to_mlp,
-        apply_lora_to_output=apply_lora_to_output,
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        embed_dim=embed_dim,
-        max_seq_len=max_seq_len,
-        intermediate_dim=intermediate_dim,
-        attn_dropout=attn_dropout,
+        list(lora_attn_modules),
+        num_kv_heads=check_heads(embed_dim, num_heads, num_kv_heads),
         norm_eps=norm_eps,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_dora=use_dora,
-        quantize_base=quantize_base,
+        **arguments,
     )
     # lora_llama2 has no argument for the base.
-    rotary = RotaryPositionalEmbeddings(embed_dim // num_heads, max_seq_len, int(rope_base))
+    length = arguments["max_seq_len"]
+    rotary = RotaryPositionalEmbeddings(embed_dim // num_heads, length, int(rope_base))
     for layer in decoder.layers:
         layer.attn.pos_embeddings = rotary
     return bidirectional(decoder)

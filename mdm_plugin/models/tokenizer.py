@@ -6,10 +6,12 @@ jinja2's sandbox, because a template comes with downloaded weights and is code.
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torchtune.data import Message
@@ -62,53 +64,51 @@ class ChatTokenizer:
             raise UserError(
                 f"tokenizer.path: {file} is not a tokenizer.json: {_line(error)}"
             ) from error
-        settings = self._settings(file.with_name("tokenizer_config.json"))
+        self.settings = self._settings(file.with_name("tokenizer_config.json"))
         self.mask_token_added = False
         if add_mask_token:
             if mask_token is None:
                 raise UserError("tokenizer.add_mask_token: give its text: mask_token: <|mask|>")
             self.mask_token_added = bool(self.tokenizer.add_special_tokens([mask_token]))
-            settings["mask_token"] = mask_token
-        self.settings = settings
-
-        def token(name: str, given: str | None, default: int | None = None) -> int:
-            text = given or settings.get(name)
-            text = text.get("content") if isinstance(text, Mapping) else text
-            if text is None:
-                if default is not None:
-                    return default
-                raise UserError(
-                    f"tokenizer.{name}: not given, and {file.parent} names none in "
-                    "tokenizer_config.json: set it"
-                )
-            found = self.tokenizer.token_to_id(text)
-            if found is None:
-                raise UserError(f"tokenizer.{name}: {text!r} is not in the vocabulary of {file}")
-            return found
-
-        self.mask_id = token("mask_token", mask_token)
-        self.eos_id = token("eos_token", eos_token)
-        self.pad_id = token("pad_token", pad_token, default=self.eos_id)
+            self.settings["mask_token"] = mask_token
+        self.mask_id = self._id(file, "mask_token", mask_token)
+        self.eos_id = self._id(file, "eos_token", eos_token)
+        self.pad_id = self._id(file, "pad_token", pad_token, default=self.eos_id)
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_seq_len = max_seq_len
-        self._bos = settings.get("bos_token") or ""
+        self._bos = self.settings.get("bos_token") or ""
         if isinstance(self._bos, Mapping):
             self._bos = self._bos["content"]
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        source = chat_template or settings.get("chat_template")
-        if not isinstance(source, str | None):
+        self._source = chat_template or self.settings.get("chat_template")
+        if not isinstance(self._source, str | None):
             raise UserError(
                 f"tokenizer.chat_template: {file.parent}/tokenizer_config.json names several: "
                 "give the one to use"
             )
-        try:
-            self._template = environment.from_string(source) if source else None
-        except jinja2.TemplateError as error:
-            raise UserError(f"tokenizer.chat_template: {_line(error)}") from error
+        self._template = _template(self._source) if self._source else None
+
+    def _id(self, file: Path, name: str, given: str | None, default: int | None = None) -> int:
+        """The id of a special token: of the text given, else of tokenizer_config.json's."""
+        text = given or self.settings.get(name)
+        text = text.get("content") if isinstance(text, Mapping) else text
+        if text is None:
+            if default is not None:
+                return default
+            raise UserError(
+                f"tokenizer.{name}: not given, and {file.parent} names none in "
+                "tokenizer_config.json: set it"
+            )
+        found = self.tokenizer.token_to_id(text)
+        if found is None:
+            raise UserError(f"tokenizer.{name}: {text!r} is not in the vocabulary of {file}")
+        return found
+
+    def identity(self) -> str:
+        """A hash of all that the tokens of a conversation depend on."""
+        ids = (self.mask_id, self.eos_id, self.max_seq_len)
+        whole = json.dumps([self.tokenizer.to_str(), tokenizers.__version__, ids])
+        whole += json.dumps([self._source, self._bos, jinja2.__version__])
+        return sha256(whole.encode()).hexdigest()
 
     @staticmethod
     def _settings(file: Path) -> dict[str, Any]:
@@ -220,6 +220,19 @@ class ChatTokenizer:
         """torchtune's transform: adds ``tokens`` and ``mask`` to a sample with ``messages``."""
         tokens, mask = self.tokenize_messages(sample["messages"], add_eos=not inference)
         return {**sample, "tokens": tokens, "mask": mask}
+
+
+def _template(source: str) -> jinja2.Template:
+    """A chat template, in jinja2's sandbox."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise UserError(f"tokenizer.chat_template: {_line(error)}") from error
 
 
 def _raise(message: str) -> None:

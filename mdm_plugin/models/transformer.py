@@ -1,6 +1,8 @@
 """torchtune's transformer decoder with full attention, and the loss computed inside forward."""
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -8,10 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.models.phi3 import Phi3RotaryPositionalEmbeddings
+from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import (
     RotaryPositionalEmbeddings,
+    TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
+)
+
+from mdm_plugin.loss import LinearHead
+from mdm_plugin.torchtune_internals import wrap_attention_call
+
+# torchtune's rotary embeddings of text models: Llama's and others', Llama 3.1's, Qwen's and Phi's.
+ROTARY = (
+    RotaryPositionalEmbeddings,
+    Llama3ScaledRoPE,
+    Qwen2RotaryPositionalEmbeddings,
+    Phi3RotaryPositionalEmbeddings,
 )
 
 
@@ -111,7 +127,16 @@ class MDMTransformer(TransformerDecoder):
     Build one with ``bidirectional``. Without ``head`` it gives logits; with it, it gives
     ``head(lm_head, hidden)``. The loss runs as the head, inside this forward, because FSDP2
     holds the LM head's weights gathered only while the root module's forward and backward run.
+
+    Attributes:
+        shift: the weights predict the token at i from position i − 1, as autoregressive models and
+            Dream do; a row's first token from its own position, as in Dream's released code.
+        new_tokens: rows that the embeddings and the head have more than the checkpoint that they
+            are filled from.
     """
+
+    shift: bool = False
+    new_tokens: int = 0
 
     def forward(
         self,
@@ -120,7 +145,7 @@ class MDMTransformer(TransformerDecoder):
         mask: Any = None,
         input_pos: Tensor | None = None,
         positions: Tensor | None = None,
-        head: Callable[[nn.Module, Tensor], Any] | None = None,
+        head: Callable[[Any, Tensor], Any] | None = None,
     ) -> Any:
         """Logits [B, L, V] in fp32, or whatever ``head`` returns.
 
@@ -129,8 +154,9 @@ class MDMTransformer(TransformerDecoder):
             mask: which positions may be attended to, bool, [B, L, L] or [B, 1, L]; None for all;
                 or, with B = 1, what ``row_mask`` gives for the rows that the sequence is made of.
             input_pos: [B, L], positions for rotary embeddings; None for 0..L−1.
-            positions: [M], of the flattened [B · L]: the hidden states that ``head`` needs; None
-                for all.
+            positions: [M], of the flattened [B · L], which are to be predicted: ``head`` gets the
+                hidden states that the model predicts them from. None for all hidden states, each
+                at its own place.
             head: called with the LM head [*, D] → [*, V] and the hidden states, [B, L, D], or
                 [M, D] with ``positions``.
 
@@ -146,6 +172,8 @@ class MDMTransformer(TransformerDecoder):
             # An explicit mask replaces the layers' own.
             length = tokens.shape[1]
             mask = mask & mask.new_ones(length, length).tril()
+        if positions is not None and self.shift:
+            positions = positions - self._has_one_before(positions, tokens.shape[1], input_pos)
         h = self.tok_embeddings(tokens)
         *before, last = self.layers
         for layer in before:
@@ -154,19 +182,39 @@ class MDMTransformer(TransformerDecoder):
         if positions is not None and h.ndim == 3:
             h = h.flatten(0, 1).index_select(0, positions)
         h = self.norm(h)
-        return self.output(h).float() if head is None else head(self.output, h)
+        return self.output(h).float() if head is None else head(self.lm_head, h)
+
+    @property
+    def lm_head(self) -> nn.Module | LinearHead:
+        """What turns hidden states into logits."""
+        if isinstance(self.output, TiedLinear):
+            return LinearHead(self.output.tied_module.weight)
+        return self.output
+
+    @staticmethod
+    def _has_one_before(positions: Tensor, length: int, input_pos: Tensor | None) -> Tensor:
+        """1 where a position is not the first of its row, else 0. [M], long."""
+        place = positions % length if input_pos is None else input_pos.flatten()[positions]
+        return (place > 0).long()
 
 
-def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTransformer:
+def bidirectional(
+    decoder: TransformerDecoder, causal: bool = False, shift: bool = False
+) -> MDMTransformer:
     """Any torchtune decoder made an ``MDMTransformer``, with the same layers and parameters.
 
     Its parameters are laid out as in Hugging Face checkpoints (``HalvesRotary``). ``causal`` keeps
-    each position from attending to later ones: an autoregressive model.
+    each position from attending to later ones: an autoregressive model, whose predictions are
+    shifted too. ``shift`` as in ``MDMTransformer``.
     """
     last = decoder.layers[-1]
-    parts = ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale")
     decoder.layers[-1] = LastLayer(
-        last.attn, last.mlp, **{part: getattr(last, part) for part in parts}
+        last.attn,
+        last.mlp,
+        sa_norm=last.sa_norm,
+        mlp_norm=last.mlp_norm,
+        sa_scale=last.sa_scale,
+        mlp_scale=last.mlp_scale,
     )
     rotary = decoder.layers[0].attn.pos_embeddings
     if isinstance(rotary, RotaryPositionalEmbeddings | Llama3ScaledRoPE):
@@ -174,8 +222,8 @@ def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTrans
     for layer in decoder.layers:
         layer.attn.is_causal = causal
         layer.attn.pos_embeddings = rotary
-        layer.attn._attention_call = segmented(layer.attn._attention_call, causal)
-    return MDMTransformer(
+        wrap_attention_call(layer.attn, partial(segmented, causal=causal))
+    model = MDMTransformer(
         tok_embeddings=decoder.tok_embeddings,
         layers=decoder.layers,
         max_seq_len=decoder.max_seq_len,
@@ -184,6 +232,8 @@ def bidirectional(decoder: TransformerDecoder, causal: bool = False) -> MDMTrans
         norm=decoder.norm,
         output=decoder.output,
     )
+    model.shift = shift or causal
+    return model
 
 
 def check_heads(embed_dim: int, num_heads: int, num_kv_heads: int | None) -> int:
@@ -200,3 +250,27 @@ def check_heads(embed_dim: int, num_heads: int, num_kv_heads: int | None) -> int
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
     return num_kv_heads
+
+
+def with_arguments_of(
+    builder: Callable[..., Any],
+) -> Callable[[Callable[..., MDMTransformer]], Callable[..., MDMTransformer]]:
+    """Say, of a function that passes ``**arguments`` on to ``builder``, what these can be.
+
+    Its signature then has ``builder``'s parameters too: so a config's key that is none of them is
+    found before anything is built.
+    """
+
+    def decorate(function: Callable[..., MDMTransformer]) -> Callable[..., MDMTransformer]:
+        own = dict(inspect.signature(function).parameters)
+        own.popitem()  # **arguments
+        passed = {
+            name: p.replace(kind=p.KEYWORD_ONLY)
+            for name, p in inspect.signature(builder).parameters.items()
+            if name not in own
+        }
+        signature = inspect.Signature([*own.values(), *passed.values()])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return decorate

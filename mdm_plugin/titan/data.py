@@ -12,12 +12,14 @@ from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
 
-from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.contract import TimestepSampler
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.titan.loss import MaskedLoss
-from mdm_plugin.training.distributed import World
-from mdm_plugin.training.step import draw, global_normalizer
+from mdm_plugin.training.checks import as_estimator, check_estimator
+from mdm_plugin.training.step import corrupted_step, global_normalizer
 
 
 def component(spec: str, key: str, *positional: Any, **more: Any) -> Any:
@@ -34,6 +36,21 @@ def component(spec: str, key: str, *positional: Any, **more: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*positional, **given, **more)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{key}: {spec}: {str(error).splitlines()[0]}") from error
+
+
+def read_sampler(config: Any) -> TimestepSampler:
+    """The sampler of t that a loader's config names.
+
+    Raises:
+        UserError: if there is none, or it is no ``TimestepSampler``.
+    """
+    found = component(config.timesteps, "dataloader.timesteps")
+    if not isinstance(found, TimestepSampler):
+        raise UserError(
+            f"dataloader.timesteps: {config.timesteps} is no TimestepSampler: derive it from "
+            "mdm_plugin.contract.TimestepSampler"
+        )
+    return found
 
 
 def read_rows(part: str, config: Any, tokenizer: ChatTokenizer) -> Rows:
@@ -70,32 +87,34 @@ class MaskedLoader(BaseDataLoader):
         self.config, self.length, self.step = config, given["seq_len"], 0
         self.ranks, self.rank = given["dp_world_size"], given["dp_rank"]
         self.batch_size = given["local_batch_size"]
-        self.timesteps = component(config.timesteps, "dataloader.timesteps")
+        self.timesteps = read_sampler(config)
         self.masking = component(config.masking, "dataloader.masking")
-        if hasattr(self.timesteps, "update"):
-            raise UserError(
-                f"dataloader.timesteps: {config.timesteps} learns from the losses of each step, "
-                "which torchtitan does not give back: use ParetoOptimal, or the torchtune recipe"
-            )
         path = given["tokenizer"].tokenizer_path
         self.tokenizer = ChatTokenizer(path, max_seq_len=self.length)
         self.rows = read_rows("dataloader", config, self.tokenizer)
 
     def begin(self, loss: MaskedLoss, world: World, accumulation: int) -> None:
         """What the trainer knows, before the first batch: the loss, the ranks, and how many
-        micro-batches each of them has in a step."""
+        micro-batches each of them has in a step.
+
+        Raises:
+            UserError: if the parts of the estimator do not go together.
+        """
         self.loss, self.world = loss, world
+        self.estimator = as_estimator(
+            self.timesteps, self.masking, loss.mdm, self.tokenizer.mask_id, "dataloader."
+        )
+        check_estimator(self.estimator, causal=False, where="dataloader.")
         self.batches = GlobalBatches(
             self.rows,
-            batch_size=self.batch_size,
-            ranks=self.ranks,
-            rank=self.rank,
-            accumulation=accumulation,
+            Split(self.batch_size, self.ranks, self.rank, accumulation),
+            Padding(
+                self.tokenizer.pad_id,
+                self.tokenizer.eos_id if self.config.train_eos_padding else None,
+                max_len=self.length,
+            ),
             seed=self.config.seed,
             shuffle=self.config.shuffle,
-            pad_id=self.tokenizer.pad_id,
-            eos_padding_id=self.tokenizer.eos_id if self.config.train_eos_padding else None,
-            max_len=self.length,
         )
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -103,22 +122,32 @@ class MaskedLoader(BaseDataLoader):
         normaliser too; and labels [B, L], which torchtitan counts."""
         while True:
             step, self.step = self.step, self.step + 1
-            how = (self.timesteps, self.masking, self.loss.mdm, self.tokenizer.mask_id)
-            drawn, self.importance = draw(self.batches, step, *how)
-            self.loss.normalizer = global_normalizer(drawn, self.world)
-            views = len(drawn[0].row_weight) // len(drawn[0].t)
-            masked = sum(len(x.targets.labels) for x in drawn)
-            self.masked = torch.tensor([masked, views * sum(x.eligible for x in drawn)])
-            for batch in drawn:
+            self.drawn = corrupted_step(self.batches, step, self.estimator)
+            self.loss.normalizer = global_normalizer(self.drawn, self.world)
+            for batch in self.drawn:
                 targets = batch.targets
-                parts = (batch.noisy, batch.attend, targets.positions, self.length)
-                tokens, positions, places = at_length(*parts)
+                tokens, positions, places = at_length(
+                    batch.noisy, batch.attend, targets.positions, self.length
+                )
                 labels = torch.full((tokens.numel(),), IGNORE_INDEX)
                 labels[places] = targets.labels
                 columns = (places, targets.labels, targets.rows, targets.weights)
                 packed = torch.stack([x.double() for x in columns], 1)
                 inputs = {"input": tokens, "positions": positions, "targets": packed}
                 yield inputs, labels.view_as(tokens)
+
+    def figures(self) -> dict[str, float]:
+        """Of the step last drawn, over all ranks; called on every rank."""
+        weights = torch.cat([x.importance for x in self.drawn])
+        masked = sum(len(x.targets.labels) for x in self.drawn)
+        eligible = sum(x.views * x.eligible for x in self.drawn)
+        sums = torch.tensor([masked, eligible, float(weights.sum()), len(weights)])
+        masked_all, eligible_all, weight, rows = self.world.sum(sums).tolist()
+        return {
+            "train/importance_weight_mean": weight / rows,
+            "train/importance_weight_max": float(self.world.max(weights.max())),
+            "train/masked_fraction": masked_all / eligible_all,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

@@ -5,7 +5,7 @@ Each config is a function; options of the command line change it, as in torchtit
 """
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from mdm_plugin.errors import UserError
 from mdm_plugin.models.llada import LLADA_8B
-from mdm_plugin.quickstart import prepare_data
+from mdm_plugin.quickstart.data import prepare_data
 from mdm_plugin.titan.compat import parallelize
 from mdm_plugin.titan.data import MaskedLoader
 from mdm_plugin.titan.loss import MaskedLoss
@@ -38,23 +38,28 @@ PARETO = 'mdm_plugin.timesteps.ParetoOptimal={"grid": 20}'
 COUNTS = "mdm_plugin.masking.FixedCount"
 PACKED_TEXT = 'mdm_plugin.data.text_dataset={"packed": true}'
 
-FLAVORS: dict[str, dict[str, Any]] = {
-    "debugmodel": {  # the quickstart's
-        "vocab_size": 320,
-        "num_layers": 3,
-        "num_heads": 4,
-        "embed_dim": 64,
-        "intermediate_dim": 256,
-    },
-    "1B": {
-        "vocab_size": 126_464,
-        "num_layers": 22,
-        "num_heads": 32,
-        "num_kv_heads": 4,
-        "embed_dim": 2048,
-        "intermediate_dim": 5632,
-    },
-    "8B": LLADA_8B,
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model, by the names that ``mdm_plugin.models`` has for them; ``qkv_bias`` for
+    biases on q, k and v."""
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    embed_dim: int
+    intermediate_dim: int
+    num_kv_heads: int | None = None
+    norm_eps: float = 1e-5
+    rope_base: float = 500_000.0
+    qkv_bias: bool = False
+    shift: bool = False
+
+
+FLAVORS = {
+    "debugmodel": Shape(320, 3, 4, 64, 256),  # the quickstart's
+    "1B": Shape(126_464, 22, 32, 2048, 5632, num_kv_heads=4),
+    "8B": Shape(**LLADA_8B),
 }
 
 
@@ -62,54 +67,31 @@ def model_registry(
     flavor: str, converters: list[ModelConfigConverter.Config] | None = None
 ) -> ModelSpec:
     """A flavor: debugmodel, 1B or 8B; converters as of ``mdm_plugin.titan.model``."""
-    return model_spec("llada", flavor, converters, **FLAVORS[flavor])
+    return model_spec("llada", flavor, FLAVORS[flavor], converters)
 
 
 def model_spec(
     family: str,
     flavor: str,
+    shape: Shape,
     converters: list[ModelConfigConverter.Config] | None = None,
-    *,
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    embed_dim: int,
-    intermediate_dim: int,
-    num_kv_heads: int | None = None,
-    norm_eps: float = 1e-5,
-    rope_base: float = 500_000.0,
-    qkv_bias: bool = False,
 ) -> ModelSpec:
-    """A ModelSpec of the arguments that ``mdm_plugin.models`` takes for the same shape.
+    """A ModelSpec of a shape.
 
     family: model_type of its Hugging Face checkpoints. converters: torchtitan's own: float8, MXFP8.
     """
-    head_dim = embed_dim // num_heads
-    layers = llama3._build_llama3_layers(
-        n_layers=num_layers,
-        dim=embed_dim,
-        n_heads=num_heads,
-        n_kv_heads=num_kv_heads or num_heads,
-        hidden_dim=intermediate_dim,
-        rope=CosSinRoPE.Config(dim=head_dim, max_seq_len=1 << 17, theta=rope_base),
-        fuse_qkv=False,
-        attn_backend="flex",
-    )
-    for layer in layers:
-        layer.attention_norm.eps = layer.ffn_norm.eps = norm_eps
-        layer.attention.qkv_linear.wq.bias = layer.attention.qkv_linear.wkv.bias = qkv_bias
-        if not torch.cuda.is_available():
-            layer.attention.inner_attention = MaskedSDPA.Config()
     table = {"weight": partial(nn.init.normal_, std=0.02)}
+    layers, size = _layers(shape), shape.vocab_size
     config: Any = MaskedDecoder.Config(
-        dim=embed_dim,
-        vocab_size=vocab_size,
+        dim=shape.embed_dim,
+        vocab_size=size,
         tok_embeddings=Embedding.Config(
-            num_embeddings=vocab_size, embedding_dim=embed_dim, param_init=table
+            num_embeddings=size, embedding_dim=shape.embed_dim, param_init=table
         ),
         norm=replace(layers[0].ffn_norm),
-        lm_head=Linear.Config(in_features=embed_dim, out_features=vocab_size, param_init=table),
+        lm_head=Linear.Config(in_features=shape.embed_dim, out_features=size, param_init=table),
         layers=layers,
+        shift=shape.shift,
     )
     validate_converter_order(converters or [])
     for converter in converters or []:
@@ -123,6 +105,30 @@ def model_spec(
         post_optimizer_build_fn=None,
         state_dict_adapter=partial(HuggingFaceNames, family),
     )
+
+
+def _layers(shape: Shape) -> list[Any]:
+    """The configs of the layers."""
+    rope = CosSinRoPE.Config(
+        dim=shape.embed_dim // shape.num_heads, max_seq_len=1 << 17, theta=shape.rope_base
+    )
+    layers = llama3._build_llama3_layers(
+        n_layers=shape.num_layers,
+        dim=shape.embed_dim,
+        n_heads=shape.num_heads,
+        n_kv_heads=shape.num_kv_heads or shape.num_heads,
+        hidden_dim=shape.intermediate_dim,
+        rope=rope,
+        fuse_qkv=False,
+        attn_backend="flex",
+    )
+    for layer in layers:
+        layer.attention_norm.eps = layer.ffn_norm.eps = shape.norm_eps
+        qkv = layer.attention.qkv_linear
+        qkv.wq.bias = qkv.wkv.bias = shape.qkv_bias
+        if not torch.cuda.is_available():
+            layer.attention.inner_attention = MaskedSDPA.Config()
+    return layers
 
 
 def quickstart_data() -> Path:

@@ -26,18 +26,17 @@ class MaskedLoss(ChunkedLossWrapper):
     class Config(ChunkedLossWrapper.Config):
         normalize: Literal["response", "tokens", "masked"] = "response"
         weight: Literal["inverse_p", "ones"] = "inverse_p"
-        shift: bool = False
-        """The token at i is predicted from position i - 1 (Dream)."""
         chunk_size: int = 1024
         """Masked positions per pass of the LM head."""
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         self.lm_head: nn.Module | None = None
-        self.mdm = MDMLoss(config.normalize, config.weight, config.shift, config.chunk_size)
+        self.mdm = MDMLoss(config.normalize, config.weight, config.chunk_size)
         if compile_config and compile_config.enable and "loss" in compile_config.components:
             self.mdm.compile_chunks(compile_config.backend)
         self.tensor_parallel: ProcessGroup | None = None
-        self.vocab_size, self.normalizer = 0, torch.ones(())
+        self.vocab_size, self.shift, self.normalizer = 0, False, torch.ones(())
+        self.kept: list[Tensor] | None = None  # CE [M] of each call, for a sampler that learns
 
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Any = None, **_: Any
@@ -49,7 +48,10 @@ class MaskedLoss(ChunkedLossWrapper):
         """
         positions, ids, rows = labels[:, :3].long().unbind(1)
         targets = Targets(positions, ids, rows, labels[:, 3].float() / self.normalizer)
-        return self.mdm(self.head(), self.picked(pred, positions), targets)[0], {}
+        total, ce = self.mdm(self.head(), self.picked(pred, positions), targets)
+        if self.kept is not None:
+            self.kept.append(ce)
+        return total, {}
 
     def head(self) -> nn.Module | LinearHead:
         """The model's head, gathered where FSDP2 shards it."""
@@ -62,7 +64,10 @@ class MaskedLoss(ChunkedLossWrapper):
         return LinearHead(weight, vocabulary_parallel(self.tensor_parallel, self.vocab_size))
 
     def picked(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [M, D] of some positions of the flattened [B · L]; hidden [B, L, D]."""
+        """The hidden states [M, D] that some positions of the flattened [B · L] are predicted from:
+        their own, or under ``shift`` the ones before; hidden [B, L, D]."""
+        if self.shift:
+            positions = positions - (positions % hidden.shape[1] > 0).long()
         if isinstance(hidden, DTensor):
             hidden = hidden.to_local(grad_placements=[Partial()])
         return hidden.flatten(0, 1).index_select(0, positions)

@@ -56,7 +56,8 @@ class MaskedDecoder(llama3.Llama3Model):
 
     @dataclass(kw_only=True, slots=True)
     class Config(llama3.Llama3Model.Config):
-        pass
+        shift: bool = False
+        """As ``MDMTransformer.shift``: the weights predict a token from the position before it."""
 
     def get_attention_masks(self, positions: Tensor) -> Any:
         """Flex attention's ``BlockMask``, or [B, 1, L, L], bool; positions [B, L]."""

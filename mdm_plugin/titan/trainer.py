@@ -4,22 +4,26 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
+from mdm_plugin.checkpoint.parts import check_parts, kind
+from mdm_plugin.contract import ProbePlan
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation import nelbo
+from mdm_plugin.evaluation import BoundEstimator
 from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.titan.data import MaskedLoader, at_length, read_rows
+from mdm_plugin.titan.data import MaskedLoader, at_length, read_rows, read_sampler
 from mdm_plugin.titan.loss import MaskedLoss
-from mdm_plugin.training.distributed import World
-from mdm_plugin.training.probe import fit, probe, probe_due, write_fit
+from mdm_plugin.training.probe import fit, fit_line, probe, probe_due, write_fit
+from mdm_plugin.training.step import Result, learn, row_losses
 
 
 class Denoiser(nn.Module):
@@ -53,24 +57,21 @@ class MaskedValidator(BaseValidator):
         self.metrics, path = given["metrics_processor"], given["tokenizer"].tokenizer_path
         chat = ChatTokenizer(path, max_seq_len=self.length)
         self.rows = read_rows("validator", config, chat)
-        ranks = given["dp_world_size"]
-        self.arguments = {
-            "mask_id": chat.mask_id,
-            "pad_id": chat.pad_id,
-            "batch_size": given["local_batch_size"],
-            "draws": config.draws,
-            "shift": self.loss.mdm.shift,
-            "chunk_size": self.loss.mdm.chunk_size,
-            "rank": given["dp_rank"],
-            "ranks": ranks,
-            "group": given["parallel_dims"].get_mesh("batch").get_group() if ranks > 1 else None,
-        }
+        ranks, rank = given["dp_world_size"], given["dp_rank"]
+        group = given["parallel_dims"].get_mesh("batch").get_group() if ranks > 1 else None
+        device = torch.device(device_type)
+        self.estimator = BoundEstimator(
+            chat,
+            World(rank, ranks, device, None, group),
+            given["local_batch_size"],
+            config.draws,
+            chunk_size=self.loss.mdm.chunk_size,
+        )
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Log val/nelbo_nats_per_token; called on every rank."""
         model = Denoiser(model_parts[0], self.loss, self.length)
-        device = next(model.parameters()).device
-        nats = nelbo(model, self.rows, device=device, **self.arguments).nats
+        nats = self.estimator.nelbo(model, self.rows).nats
         self.metrics.logger.log({"val/nelbo_nats_per_token": nats}, step)
         logger.info(f"step {step}: val/nelbo_nats_per_token {nats:.4f}")
 
@@ -99,7 +100,9 @@ class MDMTrainer(Trainer):
         self.world = World(loader.rank, loader.ranks, self.device, None, group, averages=False)
         micro_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
         loader.begin(self.loss_fn, self.world, micro_batches)
-        self.loss_fn.vocab_size = size = cast(Any, self.model_config).vocab_size
+        model: Any = self.model_config
+        size = self.loss_fn.vocab_size = model.vocab_size
+        self.loss_fn.shift = model.shift
         if dims.tp_enabled:
             self.loss_fn.tensor_parallel = dims.get_mesh("tp").get_group()
         if (mask := loader.tokenizer.mask_id) >= size:
@@ -116,52 +119,54 @@ class MDMTrainer(Trainer):
         return inputs, targets, more
 
     def train_step(self, data_iterator: Any) -> None:
-        """torchtitan's, after a probe where one is due."""
-        if probe_due(self.dataloader.timesteps, self.step - 1):
-            self.fit_timesteps(self.step - 1)
+        """torchtitan's, after a probe where one is due, and before what the sampler learns."""
+        loader, loss, step = self.dataloader, self.loss_fn, self.step - 1
+        if plan := probe_due(loader.timesteps, step):
+            self.fit_timesteps(plan, step)
+        loss.kept = [] if loader.timesteps.learns else None
         super().train_step(data_iterator)
+        if loss.kept is not None:
+            results = [
+                Result(batch, torch.zeros(()), row_losses(batch, ce))
+                for batch, ce in zip(loader.drawn, loss.kept, strict=True)
+            ]
+            learn(loader.estimator, results, self.world)
         if self.metrics_processor.should_log(self.step):
-            masked, eligible = self.world.sum(self.dataloader.masked).tolist()
-            figures = {
-                "train/importance_weight_mean": float(self.dataloader.importance.mean()),
-                "train/importance_weight_max": float(self.dataloader.importance.max()),
-                "train/masked_fraction": masked / eligible,
-            }
-            self.metrics_processor.logger.log(figures, self.step)
+            self.metrics_processor.logger.log(loader.figures(), self.step)
 
-    def fit_timesteps(self, step: int) -> None:
-        """P-POTS: probe the model, and fit the density of t to what it shows."""
+    def fit_timesteps(self, plan: ProbePlan, step: int) -> None:
+        """Probe the model, and have the sampler of t take that in."""
         loader = self.dataloader
-        parts = (loader.loss.mdm, loader.timesteps, loader.masking, loader.batches)
         measured = probe(
             Denoiser(self.model_parts[0], self.loss_fn, loader.length),
-            *parts,
-            loader.tokenizer.mask_id,
+            loader.estimator,
+            plan,
+            loader.batches,
             self.world,
             step,
             norm=lambda model: dist_utils.clip_grad_norm_(list(model.parameters()), math.inf),
         )
-        report = fit(loader.timesteps, measured, self.world)
+        report = fit(loader.timesteps, plan, measured, self.world)
         if torch.distributed.get_rank() == 0:
             write_fit(report, Path(self.config.dump_folder) / f"timesteps_step_{step}.json")
-        logger.info(
-            f"step {step}: fitted the density of t to {measured.forwards} forwards, "
-            f"KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f})"
-        )
+        logger.info(f"step {step}: {fit_line(report)}")
 
     def state_dict(self) -> dict[str, Any]:
-        timesteps: dict[str, Any] = getattr(self.dataloader.timesteps, "state_dict", dict)()
-        return {**super().state_dict(), "timesteps": json.dumps(timesteps)}
+        sampler = self.dataloader.timesteps
+        state = {"kind": kind(sampler), "state": sampler.state_dict()}
+        return {**super().state_dict(), "timesteps": json.dumps(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if hasattr(self.dataloader.timesteps, "load_state_dict"):
-            self.dataloader.timesteps.load_state_dict(json.loads(state_dict["timesteps"]))
+        stored, sampler = json.loads(state_dict["timesteps"]), self.dataloader.timesteps
+        place = Path(self.config.dump_folder)
+        check_parts({"dataloader.timesteps": sampler}, {"dataloader.timesteps": stored}, place)
+        sampler.load_state_dict(stored["state"])
 
 
 def refusal(config: Any) -> str | None:
     """Why a config cannot be trained, in a line; None where it can."""
-    parallel, probes = config.parallelism, "ParetoOptimal" in config.dataloader.timesteps
+    parallel = config.parallelism
     pipelined = parallel.pipeline_parallel_degree > 1
     if parallel.context_parallel_degree > 1:
         return (
@@ -177,7 +182,13 @@ def refusal(config: Any) -> str | None:
         )
     if not config.training.disable_cuda_graphs:
         return "training.disable_cuda_graphs: shapes change with the masks of each step: set it"
-    if pipelined and (config.validator.enable or probes):
-        key = "validator.enable" if config.validator.enable else "dataloader.timesteps"
-        return f"{key}: no rank of a pipeline has the whole model, to probe or validate it"
+    if pipelined and config.validator.enable:
+        return "validator.enable: no rank of a pipeline has the whole model, to validate it"
+    if pipelined:
+        sampler = read_sampler(config.dataloader)
+        if sampler.probe_plan() or sampler.learns:
+            return (
+                "dataloader.timesteps: no rank of a pipeline has the whole model to probe, nor the "
+                "losses to learn from: use a sampler that needs neither"
+            )
     return None

@@ -1,6 +1,9 @@
-"""What the recipes share."""
+"""A training step and what a run does around it: checks, probe, guard, metrics, stop, dry run.
 
-from mdm_plugin.training.checkpoint import Checkpointer
+May import: errors, config, the maths, models, data, distributed, checkpoint.
+"""
+
+from mdm_plugin.checkpoint.checkpointer import Checkpointer
 from mdm_plugin.training.ema import EMA
 from mdm_plugin.training.metrics import TensorBoardLogger
 from mdm_plugin.training.schedules import (

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.contract import Estimator, Masking, TimestepSampler
 from mdm_plugin.data.rows import Rows
+from mdm_plugin.distributed.parameters import adapter_names
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
-from mdm_plugin.masking import NextToken
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
-from mdm_plugin.timesteps import Adaptive, Clipped, ParetoOptimal, Uniform
-from mdm_plugin.training.distributed import World, adapter_names
-from mdm_plugin.training.weights import Weights
+from mdm_plugin.models.transformer import HalvesRotary
 
 
 def _check_output(directory: Path, rank: int) -> None:
@@ -104,46 +106,80 @@ def _accumulation(cfg: DictConfig, world: World) -> int:
     return int(accumulation)
 
 
-def check_estimator(
-    timesteps: Any, masking: Any, loss: MDMLoss, model: MDMTransformer, where: str = ""
-) -> None:
-    """Refuse what does not go together. ``where`` precedes the keys that the line names.
+def read_estimator(cfg: DictConfig, mask_id: int) -> Estimator:
+    """The estimator that ``cfg``'s timesteps, masking and loss make up.
+
+    Raises:
+        UserError: if a part is not what ``mdm_plugin.contract`` says.
+    """
+    timesteps, masking = instantiate(cfg, "timesteps"), instantiate(cfg, "masking")
+    return as_estimator(timesteps, masking, instantiate(cfg, "loss"), mask_id)
+
+
+def as_estimator(
+    timesteps: object, masking: object, loss: object, mask_id: int, where: str = ""
+) -> Estimator:
+    """An estimator of parts that a user may have written; ``where`` precedes the keys in messages.
+
+    Raises:
+        UserError: if a part is not what ``mdm_plugin.contract`` says.
+    """
+    for key, part, wanted in (
+        ("timesteps", timesteps, TimestepSampler),
+        ("masking", masking, Masking),
+        ("loss", loss, MDMLoss),
+    ):
+        if not isinstance(part, wanted):
+            raise UserError(
+                f"{where}{key}: {type(part).__name__} is no {wanted.__name__}: derive it from "
+                f"{wanted.__module__}.{wanted.__name__}"
+            )
+    assert isinstance(timesteps, TimestepSampler) and isinstance(masking, Masking)
+    assert isinstance(loss, MDMLoss)
+    return Estimator(timesteps, masking, loss, mask_id)
+
+
+def check_estimator(estimator: Estimator, causal: bool, where: str = "") -> None:
+    """Refuse what does not go together.
+
+    Args:
+        estimator: the parts, by what they declare.
+        causal: whether the model attends to earlier positions alone.
+        where: precedes the keys that the line names.
 
     Raises:
         UserError: with the reason.
     """
-    weighs_t = isinstance(timesteps, ParetoOptimal | Adaptive)
-    if weighs_t and loss.normalize == "masked":
+    timesteps, masking, loss, _ = estimator
+    sampler, mask = type(timesteps).__name__, type(masking).__name__
+    if timesteps.weighted and loss.normalize == "masked":
         raise UserError(
-            f"{where}timesteps: {type(timesteps).__name__} with loss.normalize masked: the mean "
-            "over masked tokens would count each t as often as it is drawn, and undo the weights: "
-            "use response or tokens"
+            f"{where}timesteps: {sampler} with loss.normalize masked: the mean over masked tokens "
+            "would count each t as often as it is drawn, and undo the weights: use response or "
+            "tokens"
         )
-    if weighs_t and loss.weight == "ones":
+    if timesteps.weighted and loss.weight == "ones":
         raise UserError(
-            f"{where}timesteps: {type(timesteps).__name__} with loss.weight ones: its density is "
-            "the best one for losses weighted by 1/p: use inverse_p"
+            f"{where}timesteps: {sampler} with loss.weight ones: its density is the best one for "
+            "losses weighted by 1/p: use inverse_p"
         )
-    if getattr(masking, "by_count", False) and isinstance(timesteps, Clipped):
+    if masking.by_count and not timesteps.unbiased:
         raise UserError(
-            f"{where}timesteps: Clipped with {type(masking).__name__}: a clipped t leaves out "
-            "counts, and which ones depends on each row's length: use Bernoulli masks, or Uniform "
-            "or Stratified t"
+            f"{where}timesteps: {sampler} with {mask}: a clipped t leaves out counts, and which "
+            "ones depends on each row's length: use Bernoulli masks, or Uniform or Stratified t"
         )
-    causal = any(layer.attn.is_causal for layer in model.layers)
-    next_token = isinstance(masking, NextToken)
-    if causal != next_token:
+    if causal != masking.causal:
         raise UserError(
-            f"{where}masking: {type(masking).__name__} with a "
-            f"{'causal' if causal else 'bidirectional'} model: NextToken goes with model.causal: "
-            "True, every other masking without it"
+            f"{where}masking: {mask} with a {'causal' if causal else 'bidirectional'} model: "
+            "NextToken goes with model.causal: True, every other masking without it"
         )
-    if next_token and not loss.shift:
-        raise UserError(
-            f"{where}masking: NextToken predicts from the token before: set loss.shift: True"
-        )
-    if next_token and not isinstance(timesteps, Uniform):
-        raise UserError(f"{where}timesteps: NextToken uses no t: set it to timesteps.Uniform")
+    if not masking.uses_t and (timesteps.weighted or not timesteps.unbiased):
+        raise UserError(f"{where}timesteps: {mask} uses no t: set it to timesteps.Uniform")
+
+
+def is_causal(model: MDMTransformer) -> bool:
+    """Whether a model attends to earlier positions alone."""
+    return any(layer.attn.is_causal for layer in model.layers)
 
 
 def check_adapters(model: MDMTransformer, wanted: bool) -> None:
@@ -163,7 +199,7 @@ def check_adapters(model: MDMTransformer, wanted: bool) -> None:
 
 def _rope_base(model: MDMTransformer) -> Any:
     rotary = model.layers[0].attn.pos_embeddings
-    return getattr(getattr(rotary, "angles", rotary), "base", None)
+    return rotary.angles.base if isinstance(rotary, HalvesRotary) else None
 
 
 # What a tensor's shape does not show: the value of a model, and config.json's names of it.
@@ -213,21 +249,22 @@ def check_data(model: MDMTransformer, tokenizer: ChatTokenizer, *data: Rows | No
         UserError: if a token id is outside its vocabulary, or a row longer than it can take.
     """
     vocabulary = model.tok_embeddings.num_embeddings
-    for name in ("mask_id", "eos_id", "pad_id"):
-        if getattr(tokenizer, name) >= vocabulary:
+    ids = {"mask_id": tokenizer.mask_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    for name, value in ids.items():
+        if value >= vocabulary:
             raise UserError(
-                f"model.vocab_size: the tokenizer's {name}, {getattr(tokenizer, name)}, is outside "
-                f"the model's vocabulary of {vocabulary}"
+                f"model.vocab_size: the tokenizer's {name}, {value}, is outside the model's "
+                f"vocabulary of {vocabulary}"
             )
     for rows in data:
         if rows is None:
             continue
-        if rows.max_token >= vocabulary:
+        if rows.facts.max_token >= vocabulary:
             raise UserError(
-                f"model.vocab_size: the data has token id {rows.max_token}, outside the model's "
-                f"vocabulary of {vocabulary}"
+                f"model.vocab_size: the data has token id {rows.facts.max_token}, outside the "
+                f"model's vocabulary of {vocabulary}"
             )
-        longest = int(rows.lengths.max())
+        longest = rows.facts.longest
         if longest > model.max_seq_len:
             raise UserError(
                 f"tokenizer.max_seq_len: a row has {longest} tokens, and the model takes "

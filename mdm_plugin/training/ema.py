@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mdm_plugin.checkpoint.parts import Average
 
-class EMA:
+
+class EMA(Average):
     """Exponential moving average of the weights, for evaluation and export.
 
     Our reading of the paper's *EMA*, of which only the name is known to us. After each
@@ -30,6 +33,16 @@ class EMA:
         self.decay = decay
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.weights]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, one tensor for each trained parameter; sharded as they are."""
+        return {"average": self.average}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over an average of the same model."""
+        for own, stored in zip(self.average, state_dict["average"], strict=True):
+            own.copy_(stored)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -12,11 +12,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.training.distributed import World
-from mdm_plugin.training.step import Corrupted
+from mdm_plugin.training.step import Result
 
-Result = tuple[Corrupted, Tensor, Tensor]  # a micro-batch, its share of the loss, its row losses
 _DECAY, _LEAST, _NAMED = 0.98, 50, 5
 
 
@@ -32,14 +31,29 @@ class Guard:
         cfg: for output_dir, where incidents.jsonl goes; max_skipped_steps, so many in a row end
             the run, None to take every step unseen; and loss_spike_z, the z-score from which a loss
             is reported, of about the last 50 steps, None for never.
-        skipped: how many an earlier part of the run has skipped.
     """
 
-    def __init__(self, world: World, cfg: DictConfig, skipped: int = 0) -> None:
+    def __init__(self, world: World, cfg: DictConfig) -> None:
         self.world, self.file = world, Path(cfg.output_dir).expanduser() / "incidents.jsonl"
-        self.limit, self.spike_z, self.skipped = cfg.max_skipped_steps, cfg.loss_spike_z, skipped
+        self.limit, self.spike_z, self.skipped = cfg.max_skipped_steps, cfg.loss_spike_z, 0
         self._in_a_row = 0
         self._seen, self._mean, self._variance = 0, 0.0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been skipped, and what is known of recent losses."""
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self._in_a_row,
+            "seen": self._seen,
+            "mean": self._mean,
+            "variance": self._variance,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self._seen, self._mean = state_dict["seen"], state_dict["mean"]
+        self._variance = state_dict["variance"]
 
     def passes(
         self, step: int, results: Sequence[Result], norm: Tensor | None, rows: Tensor
@@ -57,7 +71,7 @@ class Guard:
         """
         if self.limit is None:
             return True
-        loss = self.world.sum(torch.stack([loss for _, loss, _ in results]).sum())
+        loss = self.world.sum(torch.stack([result.loss for result in results]).sum())
         value, size = torch.stack((loss, loss if norm is None else norm.to(loss))).tolist()
         if math.isfinite(value) and math.isfinite(size):
             self._in_a_row = 0
@@ -98,8 +112,8 @@ class Guard:
         """Name the rows whose losses are not finite, or else are the largest."""
         own = [
             (float(loss), int(rows[place]), float(t))
-            for batch, _, losses in results
-            for loss, place, t in zip(losses.tolist(), batch.places, batch.t, strict=True)
+            for x in results
+            for loss, place, t in zip(x.row_losses.tolist(), x.batch.places, x.batch.t, strict=True)
         ]
         everyone: list[Any] = [own]
         if self.world.size > 1:

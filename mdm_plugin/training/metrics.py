@@ -14,10 +14,10 @@ from torchtune import training
 from torchtune.training.metric_logging import TensorBoardLogger as _TensorBoardLogger
 from tqdm import tqdm
 
-from mdm_plugin.training.distributed import World
-from mdm_plugin.training.guard import Result
-from mdm_plugin.training.secrets import redacted
-from mdm_plugin.training.step import Corrupted, to_device
+from mdm_plugin.config.secrets import redacted
+from mdm_plugin.distributed.world import World
+from mdm_plugin.torchtune_internals import summary_writer
+from mdm_plugin.training.step import Result, to_device
 
 T_BINS = 10
 
@@ -27,13 +27,13 @@ class TensorBoardLogger(_TensorBoardLogger):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Markdown, on rank 0."""
-        if self._writer:
-            self._writer.add_text(name, text, global_step=step)
+        if writer := summary_writer(self):
+            writer.add_text(name, text, global_step=step)
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         """A matplotlib figure, on rank 0."""
-        if self._writer:
-            self._writer.add_figure(name, figure, global_step=step)
+        if writer := summary_writer(self):
+            writer.add_figure(name, figure, global_step=step)
 
     def log_config(self, config: DictConfig) -> None:
         """The resolved config as text."""
@@ -42,8 +42,8 @@ class TensorBoardLogger(_TensorBoardLogger):
 
     def flush(self) -> None:
         """Make what was logged visible to a reader now."""
-        if self._writer:
-            self._writer.flush()
+        if writer := summary_writer(self):
+            writer.flush()
 
 
 class StepMetrics:
@@ -57,55 +57,62 @@ class StepMetrics:
         self._reset()
 
     def _reset(self) -> None:
-        # loss, then rows' loss by t, rows by t, and masked, eligible and all tokens.
-        self._sums = torch.zeros(1 + 2 * T_BINS + 3, device=self.world.device)
+        # loss, then rows' loss by t, rows by t, importance weights, rows, and masked, eligible and
+        # all tokens.
+        self._sums = torch.zeros(1 + 2 * T_BINS + 5, device=self.world.device)
         self._grad_norm: Any = torch.zeros((), device=self.world.device)
         self._steps = 0
-        self._importance_sum = self._importance_max = 0.0
+        self._importance_max = 0.0
         self._start = time.perf_counter()
 
-    def _micro_batch(self, batch: Corrupted, loss: Tensor, losses: Tensor) -> None:
-        """Add a micro-batch: its share of the step's loss, and its row losses [R]."""
+    def _micro_batch(self, result: Result) -> None:
+        batch, loss, losses = result
         bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1)
         bins = to_device(bins, losses.device)
-        self._sums[0] += loss.detach()
+        self._sums[0] += loss
         self._sums.index_add_(0, 1 + bins, losses)
         self._sums.index_add_(0, 1 + T_BINS + bins, torch.ones_like(losses))
-        views = len(batch.row_weight) // len(batch.t)
-        counts = [len(batch.targets.labels), batch.eligible * views, batch.noisy.numel()]
-        self._sums[-3:] += to_device(torch.tensor(counts), losses.device)
+        self._importance_max = max(self._importance_max, float(batch.importance.max()))
+        counts = torch.tensor(
+            [
+                float(batch.importance.sum()),
+                len(batch.t),
+                len(batch.targets.labels),
+                batch.eligible * batch.views,
+                batch.noisy.numel(),
+            ]
+        )
+        self._sums[-5:] += to_device(counts, losses.device)
 
-    def step(self, results: Sequence[Result], grad_norm: Tensor | None, importance: Tensor) -> None:
-        """Add an optimizer step: of its micro-batches, each with its share of the loss and its row
-        losses; its gradient's norm, if known; and all importance weights."""
+    def step(self, results: Sequence[Result], grad_norm: Tensor | None) -> None:
+        """Add an optimizer step: of its micro-batches, and its gradient's norm, if known."""
         for result in results:
-            self._micro_batch(*result)
+            self._micro_batch(result)
         self._grad_norm = None if grad_norm is None else self._grad_norm + grad_norm.detach()
         self._steps += 1
-        self._importance_sum += importance.mean().item()
-        self._importance_max = max(self._importance_max, importance.max().item())
 
     def report(self) -> dict[str, float]:
         """Means since the last report, over all ranks; called on every rank alike."""
         seconds = time.perf_counter() - self._start
         sums = self.world.sum(self._sums).tolist()
+        most = float(self.world.max(torch.tensor(self._importance_max)))
         by_t, rows_by_t = sums[1 : 1 + T_BINS], sums[1 + T_BINS : 1 + 2 * T_BINS]
-        masked, eligible, tokens = sums[-3:]
+        importance, rows, masked, eligible, tokens = sums[-5:]
         if not self._steps:  # all were skipped
             self._reset()
             return {"speed/seconds_per_step": math.nan}
         figures = {
             "train/loss": sums[0] / self._steps,
             "train/masked_fraction": masked / eligible,
-            "train/importance_weight_mean": self._importance_sum / self._steps,
-            "train/importance_weight_max": self._importance_max,
+            "train/importance_weight_mean": importance / rows,
+            "train/importance_weight_max": most,
             "speed/tokens_per_second": tokens / seconds,
             "speed/masked_tokens_per_second": masked / seconds,
             "speed/seconds_per_step": seconds / self._steps,
         }
-        for i, (total, rows) in enumerate(zip(by_t, rows_by_t, strict=True)):
-            if rows:
-                figures[f"train_loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = total / rows
+        for i, (total, count) in enumerate(zip(by_t, rows_by_t, strict=True)):
+            if count:
+                figures[f"train_loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = total / count
         if self._grad_norm is not None:
             figures["train/grad_norm"] = self._grad_norm.item() / self._steps
         figures.update({f"memory/{k}": v for k, v in memory_gib(self.world.device).items()})

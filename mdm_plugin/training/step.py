@@ -3,29 +3,20 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
+from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch, GlobalBatches
+from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss, Targets
-from mdm_plugin.masking import Views
 from mdm_plugin.models.transformer import MDMTransformer, row_mask
 from mdm_plugin.noise import keyed_generator
-from mdm_plugin.timesteps import Density, count_weight
-from mdm_plugin.training.distributed import World
 
 NO_OFFLOADING: AbstractContextManager = nullcontext()
-
-
-class TimestepSampler(Protocol):
-    def __call__(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]: ...
-
-
-class Masking(Protocol):
-    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views: ...
 
 
 class Corrupted(NamedTuple):
@@ -36,7 +27,8 @@ class Corrupted(NamedTuple):
     targets: what it is to predict.
     normalizer: scalar, fp64, this micro-batch's share of the loss's normaliser.
     t: [R], fp64.
-    row_weight: [V·R], fp32: times the sum of a sequence's CE, its row loss l.
+    importance: [R], fp64, the importance weight of each row, of its t or of its count.
+    row_scale: [V·R], fp32: times the sum of a sequence's CE, its row loss l.
     eligible: number of eligible positions in the R rows.
     places: [R], long, of the rows in the global batch.
     input_pos: [1, T], long, of packed rows; else None.
@@ -47,10 +39,16 @@ class Corrupted(NamedTuple):
     targets: Targets
     normalizer: Tensor
     t: Tensor
-    row_weight: Tensor
+    importance: Tensor
+    row_scale: Tensor
     eligible: int
     places: Tensor
     input_pos: Tensor | None = None
+
+    @property
+    def views(self) -> int:
+        """V."""
+        return len(self.row_scale) // len(self.t)
 
     def to(self, device: torch.device) -> "Corrupted":
         """All that the step on ``device`` uses there, without waiting for it."""
@@ -61,7 +59,7 @@ class Corrupted(NamedTuple):
             noisy=to_device(self.noisy, device),
             attend=mask,
             targets=Targets(*(to_device(x, device) for x in self.targets)),
-            row_weight=to_device(self.row_weight, device),
+            row_scale=to_device(self.row_scale, device),
             input_pos=None if self.input_pos is None else to_device(self.input_pos, device),
         )
 
@@ -101,58 +99,43 @@ def pack(
     )
 
 
-def corrupt(
-    batch: Batch,
-    t: Tensor,
-    importance: Tensor,
-    masking: Masking,
-    loss: MDMLoss,
-    mask_id: int,
-    density: Density | None = None,
-) -> Corrupted:
-    """Draw the masks of a micro-batch.
+def corrupt(batch: Batch, times: Times, estimator: Estimator) -> Corrupted:
+    """Draw the masks of a micro-batch of R rows.
 
     Args:
-        batch: R rows and their noise.
-        t, importance: [global batch], from the sampler of t; the batch takes its places.
-        masking: the sampler of masks.
-        loss: gives the masked positions their weights.
-        mask_id: the mask token.
-        density: that t was drawn from; None for uniform. Masks by count get its count weights.
+        batch: the rows and their noise.
+        times: of the global batch, [n] each; the micro-batch takes its places.
+        estimator: its masking, and its loss, which gives the masked positions their weights.
     """
-    t, importance = t[batch.places], importance[batch.places]
+    masking, loss = estimator.masking, estimator.loss
+    t, n = times.t[batch.places], batch.eligible.sum(1)
+    importance = times.row_weights(batch.places, n, masking.by_count)
     views = masking(t, batch.u, batch.eligible)
-    n = batch.eligible.sum(1)
-    if density is not None and getattr(masking, "by_count", False):
-        importance = count_weight(density, t, n)
     count, rows, length = views.mask.shape
     hidden = views.mask if views.hidden is None else views.hidden
     return Corrupted(
-        noisy=torch.where(hidden, mask_id, batch.tokens).reshape(count * rows, length),
+        noisy=torch.where(hidden, estimator.mask_id, batch.tokens).reshape(count * rows, length),
         attend=None if batch.attend is None else batch.attend.repeat(count, 1, 1),
         targets=loss.targets(batch.tokens, views.mask, views.inverse_p, importance, n),
         normalizer=loss.normalizer(views.mask, n),
         t=t,
-        row_weight=(views.inverse_p / n).reshape(-1).float(),
+        importance=importance,
+        row_scale=(views.inverse_p / n).reshape(-1).float(),
         eligible=int(n.sum()),
         places=batch.places,
     )
 
 
-def draw(
-    batches: GlobalBatches,
-    step: int,
-    timesteps: TimestepSampler,
-    masking: Masking,
-    loss: MDMLoss,
-    mask_id: int,
-) -> tuple[list[Corrupted], Tensor]:
-    """This rank's micro-batches of a step with their masks drawn, and the importance weights of the
-    whole global batch: functions of (seed, step, place) alone."""
-    t, importance = timesteps(batches.size, keyed_generator(batches.seed, "t", step))
-    density = getattr(timesteps, "density", None)
-    own = batches.micro_batches(step)
-    return [corrupt(x, t, importance, masking, loss, mask_id, density) for x in own], importance
+def step_times(batches: GlobalBatches, step: int, estimator: Estimator) -> Times:
+    """The t of a step's global batch: a function of (seed, step) alone."""
+    return estimator.timesteps(batches.size, keyed_generator(batches.seed, "t", step))
+
+
+def corrupted_step(batches: GlobalBatches, step: int, estimator: Estimator) -> list[Corrupted]:
+    """This rank's micro-batches of a step with their masks drawn: functions of (seed, step, place)
+    alone."""
+    times = step_times(batches, step, estimator)
+    return [corrupt(batch, times, estimator) for batch in batches.micro_batches(step)]
 
 
 def global_normalizer(micro_batches: Sequence[Corrupted], world: World) -> Tensor:
@@ -175,6 +158,19 @@ def forward_loss(model: nn.Module, loss: MDMLoss, batch: Corrupted) -> tuple[Ten
     )
 
 
+class Result(NamedTuple):
+    """What a micro-batch gave, detached, on the device.
+
+    batch: the micro-batch, as it was drawn.
+    loss: scalar, its share of the global batch's loss.
+    row_losses: [R], l of each row, without importance weights.
+    """
+
+    batch: Corrupted
+    loss: Tensor
+    row_losses: Tensor
+
+
 def backward(
     model: nn.Module,
     loss: MDMLoss,
@@ -182,25 +178,34 @@ def backward(
     normalizer: Tensor,
     world: World,
     offloading: AbstractContextManager = NO_OFFLOADING,
-) -> tuple[Tensor, Tensor]:
-    """Add a micro-batch's gradient to the parameters'.
-
-    Gives its share of the global batch's loss, a scalar, and its row losses [R], both detached.
-    """
-    batch = batch.to(world.device)
+) -> Result:
+    """Add a micro-batch's gradient to the parameters'."""
+    here = batch.to(world.device)
     # Where gradients are averaged over ranks: the loss is a sum over them.
     factor = world.size if world.averages else 1
-    weights = batch.targets.weights * (factor / normalizer)
-    batch = batch._replace(targets=batch.targets._replace(weights=weights))
+    weights = here.targets.weights * (factor / normalizer)
+    here = here._replace(targets=here.targets._replace(weights=weights))
     with offloading:
-        total, ce = forward_loss(model, loss, batch)
+        total, ce = forward_loss(model, loss, here)
     total.backward()
-    return total.detach() / factor, row_losses(batch, ce)
+    return Result(batch, total.detach() / factor, row_losses(here, ce))
 
 
 @torch.no_grad()
 def row_losses(batch: Corrupted, ce: Tensor) -> Tensor:
-    """l of each row, the mean over its views, without importance weight. [R], on ce's device."""
-    totals = torch.zeros(len(batch.row_weight), device=ce.device)
-    totals.index_add_(0, batch.targets.rows, ce)
-    return (totals * batch.row_weight.to(ce.device)).reshape(-1, len(batch.t)).mean(0)
+    """l of each row, the mean over its views, without importance weight. [R], on ce's device.
+
+    ce [M]: of the batch's targets.
+    """
+    totals = torch.zeros(len(batch.row_scale), device=ce.device)
+    totals.index_add_(0, batch.targets.rows.to(ce.device), ce)
+    return (totals * batch.row_scale.to(ce.device)).reshape(-1, len(batch.t)).mean(0)
+
+
+def learn(estimator: Estimator, results: Sequence[Result], world: World) -> None:
+    """Teach the sampler of t the row losses of a step, of all ranks; only one that ``learns``."""
+    sampler = estimator.timesteps
+    if not sampler.learns:
+        return
+    tallies = [sampler.tally(x.batch.t, x.row_losses.cpu()) for x in results]
+    sampler.update(world.sum(torch.stack(tallies).sum(0)).cpu())

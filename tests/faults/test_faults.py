@@ -15,11 +15,11 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from mdm_plugin.checkpoint.manifest import MANIFEST, verify
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.training import Checkpointer
-from mdm_plugin.training.distributed import World
 from mdm_plugin.training.guard import Guard
-from mdm_plugin.training.manifest import MANIFEST, verify
 from tests.conftest import BIN, scalars
 from tests.faults.runs import TINY, Fault, arguments, run
 

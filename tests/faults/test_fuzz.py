@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
+from mdm_plugin.config.secrets import redacted
 from mdm_plugin.data import chat_dataset, text_dataset
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.options import Options
-from mdm_plugin.training.secrets import redacted
 from tests.conftest import TINY
 
 EXAMPLES = 250 if os.environ.get("MDM_FAULTS") == "all" else 60
@@ -113,7 +114,7 @@ def test_no_config_file_ends_in_anything_but_one_line(content, tmp_path):
         "mdm_plugin.cli.sys.exit",
         "mdm_plugin.quickstart.Path",
         "torchtune.utils._logging.os.system",
-        "mdm_plugin.training.config.os.system",
+        "mdm_plugin.config.loading.os.system",
     ],
 )
 def test_a_component_outside_the_allowed_packages_is_refused(path, tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ class Exploit:
 
 
 def test_a_pickle_is_never_loaded_whatever_it_is_called(tmp_path, monkeypatch, tokenizer):
-    from mdm_plugin.training.weights import Weights
+    from mdm_plugin.checkpoint.weights import Weights
 
     monkeypatch.setenv("EXPLOITED", str(tmp_path / "exploited"))
     directory = tmp_path / "weights"

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from mdm_plugin.generation.live import MASK, LiveText
 from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.training.live import MASK, LiveText
 from tests.recipes.test_full_finetune import TWO_RANKS
 
 CONFIG = """

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, Mirror, masking_rate
-from mdm_plugin.training.distributed import World
 from mdm_plugin.training.metrics import StepMetrics
 from mdm_plugin.training.step import corrupt, row_losses
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from mdm_plugin.config.loading import config_names, find_config, load_config
+from mdm_plugin.config.options import Options
 from mdm_plugin.errors import UserError
-from mdm_plugin.training.config import config_names, find_config, load_config
-from mdm_plugin.training.options import Options
 from mdm_plugin.training.plan import GIB, plan
 from tests.conftest import TINY
 
@@ -85,7 +85,7 @@ def test_the_peak_is_that_of_a_run(case, tmp_path, data_dir):
 import gc, sys, threading, time
 import psutil
 import mdm_full_finetune as recipe
-from mdm_plugin.training.checkpoint import Checkpointer
+from mdm_plugin.checkpoint.checkpointer import Checkpointer
 Checkpointer.save = lambda *args: None  # of training alone
 recipe.MDMFinetune.save_checkpoint = lambda *args: None
 process, peak = psutil.Process(), 0

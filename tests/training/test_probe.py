@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.distributed.gradients import total_norm
+from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, Complement
 from mdm_plugin.timesteps import ParetoOptimal
-from mdm_plugin.training.distributed import World, total_norm
 from mdm_plugin.training.ema import EMA
 from mdm_plugin.training.probe import fit, probe, probe_due
 from mdm_plugin.training.step import backward, corrupt

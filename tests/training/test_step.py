@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import FixedCount, Mirror, NextToken
 from mdm_plugin.models import llada
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.distributed import World
 from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
 
 MASK = 1

@@ -7,10 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mdm_plugin.checkpoint.files import hf_name
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.parameters import named_parameters
+from mdm_plugin.distributed.world import World
 from mdm_plugin.models import llada
 from mdm_plugin.models.naming import FAMILIES
-from mdm_plugin.training.distributed import World, build_model, named_parameters
-from mdm_plugin.training.weights import Weights, hf_name
 from tests.checkpoints import full_attention
 from tests.conftest import BIN
 

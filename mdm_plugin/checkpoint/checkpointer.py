@@ -4,10 +4,8 @@ import json
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,34 +13,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from mdm_plugin.errors import UserError
-from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.training.distributed import World, adapter_names, initialize_parameters
-from mdm_plugin.training.ema import EMA
-from mdm_plugin.training.manifest import sync, verify, write_manifest
-from mdm_plugin.training.secrets import redacted
-from mdm_plugin.training.weights import (
-    Weights,
-    Write,
-    load_adapters,
-    save_adapters,
-    save_weights,
-    set_config,
+from mdm_plugin.checkpoint.adapters import load_adapters, save_adapters
+from mdm_plugin.checkpoint.files import Write
+from mdm_plugin.checkpoint.manifest import verify
+from mdm_plugin.checkpoint.parts import Run, check_parts
+from mdm_plugin.checkpoint.saving import save_weights, set_config
+from mdm_plugin.checkpoint.staging import (
+    Attempts,
+    Staging,
+    load_optimizer,
+    reason_of,
+    remove,
+    save_optimizer,
+    without_notice_of_one_process,
 )
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.distributed.parameters import adapter_names, initialize_parameters
+from mdm_plugin.distributed.world import World
+from mdm_plugin.errors import UserError
+from mdm_plugin.models import MDMTransformer
 
 _STEP = re.compile(r"step_(\d+)")
-AVERAGE = "ema"
 
 
 class Checkpointer:
@@ -92,7 +84,7 @@ class Checkpointer:
         self.keep_last_n, self.keep_best_n = keep_last_n, keep_best_n
         self.asynchronous = asynchronous
         self._thread = ThreadPoolExecutor(1) if asynchronous else None
-        self._pending: tuple[int, Future[None]] | None = None
+        self._pending: tuple[Staging, Future[None]] | None = None
         self._group: Any = None
         self.weights: Weights | None = None
         if checkpoint_dir is not None:
@@ -167,85 +159,69 @@ class Checkpointer:
             step.rename(aside / step.name)
         return aside
 
-    def save(
-        self,
-        world: World,
-        model: nn.Module,
-        optimizer: Optimizer,
-        step: int,
-        state: Mapping[str, Any],
-        cfg: DictConfig,
-        tokenizer: ChatTokenizer,
-        ema: EMA | None = None,
-    ) -> Path:
+    def save(self, run: Run, step: int, facts: Mapping[str, Any]) -> Path:
         """Write step_N, then remove what is not to be kept. Called on every rank.
+
+        Args:
+            run: what to write.
+            step: N.
+            facts: numbers and texts that go to state.json besides.
 
         Raises:
             UserError: if it, or an asynchronous one before it, could not be written. The
                 checkpoints before are whole.
         """
-        self.wait(world)
-        final = self.output_dir / f"step_{step}"
-        staging = self.output_dir / f".staging_step_{step}"
+        self.wait(run.world)
+        staging = Staging(self.output_dir, step)
+        # torchao's optimizers keep the learning rate as a tensor.
+        state = json.dumps({**facts, "step": step, "parts": run.state()}, indent=2, default=float)
+        own = Attempts(run.world.rank == 0)
+        own.call(staging.begin)
+        self._agree(run.world, own, staging)
+        write_state: Write = partial(staging.write_state, state, run.cfg)
         files = chain(
-            self._model_files(model, world, staging, tokenizer),
-            self._average_files(model, world, staging / AVERAGE, tokenizer, ema),
+            self._model_files(run, staging.directory),
+            self._average_files(run, staging.directory),
+            iter([write_state]),
         )
-        # torchao's optimizers keep the learning rate as a tensor, and so do their schedules.
-        text = json.dumps({**state, "step": step}, indent=2, default=float)
-
-        def write_rest() -> None:
-            (staging / "state.json").write_text(text)
-            OmegaConf.save(redacted(cfg), staging / "config.yaml")
-
-        def begin() -> None:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-
-        def finish() -> None:
-            write_manifest(staging)
-            if final.exists():  # a resumed run comes by the same step again
-                self._remove(final)
-            staging.rename(final)
-            sync(self.output_dir)
-            for old in self._superfluous():
-                self._remove(old)
-
-        own = Attempts(world.rank == 0)
-        own.call(begin)
-        self._agree(world, step, own, staging)
-        optimizer_state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        target: dict[str, Any] = {
-            "checkpoint_id": staging / "optimizer",
-            "no_dist": world.size == 1,
-        }
         if self._thread is None:
-            for write in files:
-                own.call(write)
-            own.call(write_rest)
-            with _without_notice_of_one_process():
-                own.call(lambda: dcp.save(optimizer_state, **target), everywhere=True)
-            self._agree(world, step, own, staging)
-            own.call(finish)
-            self._agree(world, step, own, staging)
-            return final
-        if world.size > 1 and self._group is None:
+            self._save_now(run, own, staging, files)
+        else:
+            self._save_later(run, own, staging, list(files))
+        return staging.final
+
+    def _save_now(self, run: Run, own: Attempts, staging: Staging, files: Iterator[Write]) -> None:
+        for write in files:
+            own.call(write)
+            del write  # it holds a file's tensors, and the next file's are gathered now
+        with without_notice_of_one_process():
+            own.call(partial(save_optimizer, run, staging), everywhere=True)
+        self._agree(run.world, own, staging)
+        own.call(partial(self._finish, staging))
+        self._agree(run.world, own, staging)
+
+    def _save_later(self, run: Run, own: Attempts, staging: Staging, files: list[Write]) -> None:
+        """From copies in memory, by a thread; what it comes to is known to ``wait``."""
+        if run.world.size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")
-        later = [*files, write_rest]
-        with _without_notice_of_one_process():
-            saving = dcp.async_save(optimizer_state, process_group=self._group, **target)
-        assert isinstance(saving, Future)
+        with without_notice_of_one_process():
+            saving = save_optimizer(run, staging, self._group, asynchronous=True)
 
         def complete() -> None:
-            for write in later:
+            for write in files:
                 own.call(write)
             own.call(saving.result, everywhere=True)
-            own.call(finish)
+            own.call(partial(self._finish, staging))
             if own.error:
                 raise own.error
 
-        self._pending = step, self._thread.submit(complete)
-        return final
+        assert self._thread is not None
+        self._pending = staging, self._thread.submit(complete)
+
+    def _finish(self, staging: Staging) -> None:
+        staging.finish()
+        for old in self._superfluous():
+            remove(old)
 
     def wait(self, world: World) -> None:
         """Wait for an asynchronous checkpoint to be whole. Called on every rank.
@@ -255,23 +231,23 @@ class Checkpointer:
         """
         if self._pending is None:
             return
-        (step, done), self._pending = self._pending, None
+        (staging, done), self._pending = self._pending, None
         own = Attempts(True)
         own.call(done.result)
-        self._agree(world, step, own, self.output_dir / f".staging_step_{step}")
+        self._agree(world, own, staging)
 
     @staticmethod
-    def _agree(world: World, step: int, own: "Attempts", staging: Path) -> None:
+    def _agree(world: World, own: Attempts, staging: Staging) -> None:
         """Stop on all ranks if one has failed."""
         failed = world.sum(torch.tensor(float(own.error is not None)))
         if not failed:
             return
         if world.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        reason = "another rank failed" if own.error is None else _reason(own.error)
+            shutil.rmtree(staging.directory, ignore_errors=True)
+        reason = "another rank failed" if own.error is None else reason_of(own.error)
         raise UserError(
-            f"output_dir: step_{step} could not be saved: {reason}: the checkpoints before it are "
-            "whole; make room, and go on with resume_from_checkpoint=True"
+            f"output_dir: {staging.final.name} could not be saved: {reason}: the checkpoints "
+            "before it are whole; make room, and go on with resume_from_checkpoint=True"
         ) from own.error
 
     def _superfluous(self) -> list[Path]:
@@ -286,21 +262,13 @@ class Checkpointer:
             kept |= {step for _, step in validated[: self.keep_best_n]}
         return [step for step in steps if step not in kept]
 
-    def _average_files(
-        self,
-        model: nn.Module,
-        world: World,
-        directory: Path,
-        tokenizer: ChatTokenizer,
-        ema: EMA | None,
-    ) -> Iterator[Write]:
-        if ema is not None:
-            with ema.applied():
-                yield from self._model_files(model, world, directory, tokenizer)
+    def _average_files(self, run: Run, directory: Path) -> Iterator[Write]:
+        for name, average in run.averages().items():
+            with average.applied():
+                yield from self._model_files(run, directory / name)
 
-    def _model_files(
-        self, model: nn.Module, world: World, directory: Path, tokenizer: ChatTokenizer
-    ) -> Iterator[Write]:
+    def _model_files(self, run: Run, directory: Path) -> Iterator[Write]:
+        world, model, tokenizer = run.world, run.model, run.tokenizer
         adapters = adapter_names(model)
         if adapters:
             yield from save_adapters(model, world, directory, self.weights)
@@ -312,7 +280,9 @@ class Checkpointer:
         if world.rank == 0 and tokenizer.mask_token_added and carried:
             yield partial(set_config, directory, mask_token_id=tokenizer.mask_id)
 
-    def load_weights(self, model: nn.Module, seed: int = 0, checkpoint: Path | None = None) -> None:
+    def load_weights(
+        self, model: MDMTransformer, seed: int = 0, checkpoint: Path | None = None
+    ) -> None:
         """Fill the model's parameters: from ``checkpoint``, else from ``checkpoint_dir``.
 
         Adapters come from ``checkpoint`` over the weights of ``checkpoint_dir``. What neither
@@ -333,112 +303,33 @@ class Checkpointer:
         if checkpoint:
             load_adapters(model, checkpoint, self.weights)
 
-    def load_average(self, model: nn.Module, checkpoint: Path, ema: EMA) -> None:
-        """Fill ``ema`` from ``checkpoint``.
-
-        Raises:
-            UserError: if it holds no average.
-        """
-        if not (checkpoint / AVERAGE).is_dir():
-            raise UserError(
-                f"ema: {checkpoint} was written without it: leave it out, or start a new run from "
-                "its weights with checkpointer.checkpoint_dir"
-            )
-        with ema.applied():
-            if adapter_names(model):
-                load_adapters(model, checkpoint / AVERAGE, self.weights)
-            else:
-                Weights(checkpoint / AVERAGE).load(model)
-
     @staticmethod
     def load_state(checkpoint: Path) -> dict[str, Any]:
-        """A checkpoint's state.json."""
-        return json.loads((checkpoint / "state.json").read_text())
+        """A checkpoint's state.json.
 
-    def load_rest(
-        self,
-        world: World,
-        checkpoint: Path,
-        state: Mapping[str, Any],
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-        ema: EMA | None,
-        timesteps: Any,
-    ) -> None:
+        Raises:
+            UserError: if it is another version's.
+        """
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+        if "parts" not in state:
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} was written by an earlier version: start a "
+                "new run from its weights with checkpointer.checkpoint_dir"
+            )
+        return state
+
+    def load(self, run: Run, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Fill all but the weights, as ``checkpoint`` and its ``state`` have it. On every rank.
 
         Raises:
-            UserError: if it holds no average, and there is an ``ema``.
+            UserError: if it lacks a part, has one more, or one of another kind.
         """
-        self.load_optimizer(world, checkpoint, model, optimizer)
-        if scheduler:
-            self.load_schedule(scheduler, state["lr_scheduler"])
-        if ema:
-            self.load_average(model, checkpoint, ema)
-        if state["timesteps"] and hasattr(timesteps, "load_state_dict"):
-            timesteps.load_state_dict(state["timesteps"])
-
-    @staticmethod
-    def load_schedule(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
-        """Fill a schedule's state; its learning rates become tensors again where they are."""
-        stored = dict(state)
-        for name, own in scheduler.state_dict().items():
-            if isinstance(own, list) and any(isinstance(x, Tensor) for x in own):
-                stored[name] = [torch.tensor(x) for x in state[name]]
-        scheduler.load_state_dict(stored)
-
-    @staticmethod
-    def load_optimizer(
-        world: World, checkpoint: Path, model: nn.Module, optimizer: Optimizer
-    ) -> None:
-        """Fill the optimizer's state, sharded as the model is now. Called on every rank."""
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        with _without_notice_of_one_process():
-            dcp.load(state, checkpoint_id=checkpoint / "optimizer", no_dist=world.size == 1)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
-
-    def _remove(self, directory: Path) -> None:
-        # Renamed first: a kill halfway leaves no half checkpoint under a checkpoint's name.
-        doomed = self.output_dir / f".removed_{directory.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        directory.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-@contextmanager
-def _without_notice_of_one_process() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-class Attempts:
-    """Calls until the first that fails; its error is kept, for ranks to agree before they stop.
-
-    Without it, one rank would stop, and the others wait for it in their next collective.
-    """
-
-    def __init__(self, here: bool) -> None:
-        self.here = here
-        self.error: BaseException | None = None
-
-    def call(self, function: Callable[[], Any], everywhere: bool = False) -> None:
-        """Call on this rank if it is the one to, or on all; not after an error of its own."""
-        # What all ranks do together is done after an error too: the others wait for it.
-        if everywhere or (self.here and self.error is None):
-            try:
-                function()
-            except (Exception, CheckpointException) as error:  # the latter is no Exception
-                self.error = self.error or error
-
-
-def _reason(error: BaseException) -> str:
-    """The system's word for it if there is one, with the file; else the first line."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return f"{seen.strerror} ({seen.filename})" if seen.filename else seen.strerror
-        seen = seen.__cause__ or seen.__context__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        check_parts(run.parts, state["parts"], checkpoint)
+        load_optimizer(run, checkpoint)
+        run.load_state(state["parts"])
+        for name, average in run.averages().items():
+            with average.applied():
+                if adapter_names(run.model):
+                    load_adapters(run.model, checkpoint / name, self.weights)
+                else:
+                    Weights(checkpoint / name).load(run.model)

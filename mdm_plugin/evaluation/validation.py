@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
+from mdm_plugin.config.components import instantiate
 from mdm_plugin.data.prompts import Prompt, read_prompts
-from mdm_plugin.data.rows import Rows
+from mdm_plugin.data.rows import Row, Rows
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation import exact_match, nelbo
+from mdm_plugin.evaluation.exact_match import exact_match
+from mdm_plugin.evaluation.nelbo import BoundEstimator
 from mdm_plugin.generation import Decoding, generate
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
-from mdm_plugin.training.config import instantiate
-from mdm_plugin.training.distributed import World
 
 
 class Questions(NamedTuple):
@@ -51,7 +52,6 @@ def validate(
     tokenizer: ChatTokenizer,
     world: World,
     cfg: DictConfig,
-    shift: bool = False,
 ) -> tuple[dict[str, float], str]:
     """NELBO of ``rows`` and the share of ``questions`` answered right, as scalars to be logged; and
     completions of the first rows as Markdown. Called on every rank.
@@ -59,59 +59,50 @@ def validate(
     Args:
         cfg: for batch_size, val_draws, sample_rows, sample_new_tokens and sample_steps.
         questions: to be answered in ``sample_new_tokens`` tokens.
-        model, rows, tokenizer, world, shift: as in ``mdm_plugin.evaluation.nelbo``.
     """
     was_training = model.training
     model.eval()
-    result = nelbo(
-        model,
-        rows,
-        batch_size=cfg.batch_size,
-        device=world.device,
-        draws=cfg.val_draws,
-        shift=shift,
-        rank=world.rank,
-        ranks=world.size,
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-    )
-    figures = {"val/nelbo_nats_per_token": result.nats}
+    estimator = BoundEstimator(tokenizer, world, cfg.batch_size, cfg.val_draws)
+    figures = {"val/nelbo_nats_per_token": estimator.nelbo(model, rows).nats}
     if questions:
-        length = cfg.sample_new_tokens
         answered = exact_match(
             model,
             tokenizer,
-            *questions,
-            max_new_tokens=length,
+            questions.prompts,
+            questions.verify,
+            max_new_tokens=cfg.sample_new_tokens,
             batch_size=cfg.batch_size,
-            decoding=Decoding(steps=min(cfg.sample_steps, length), shift=shift),
+            decoding=_decoding(cfg, cfg.sample_new_tokens),
         )
         figures["val/exact_match"] = answered.accuracy
-    samples = []
-    for i in range(min(cfg.sample_rows, len(rows))):
-        prompt = rows[i].prompt
-        # Plain text has no prompt: the model goes on from the row's first quarter.
-        prompt = prompt if len(prompt) else rows[i].tokens[: len(rows[i].tokens) // 4 + 1]
-        room = model.max_seq_len - len(prompt)
-        if room < 1:
-            continue
-        length = min(cfg.sample_new_tokens, room)
-        written = generate(
-            model,
-            [prompt],
-            Decoding(steps=min(cfg.sample_steps, length), shift=shift),
-            max_new_tokens=length,
-            mask_id=tokenizer.mask_id,
-            pad_id=tokenizer.pad_id,
-            eos_id=tokenizer.eos_id,
-        )
-        texts = (prompt, written.tokens[0], rows[i].tokens[len(prompt) :])
-        labels = ("prompt", "model", "reference")
-        samples.append(
-            "\n\n".join(
-                f"**{label}**\n\n    " + tokenizer.decode(text.tolist()).replace("\n", "\n    ")
-                for label, text in zip(labels, texts, strict=True)
-            )
-        )
+    first = [rows[i] for i in range(min(cfg.sample_rows, len(rows)))]
+    samples = [_sample(model, row, tokenizer, cfg) for row in first]
     model.train(was_training)
-    return figures, "\n\n---\n\n".join(samples)
+    return figures, "\n\n---\n\n".join(x for x in samples if x)
+
+
+def _decoding(cfg: DictConfig, length: int) -> Decoding:
+    return Decoding(steps=min(cfg.sample_steps, length))
+
+
+def _sample(model: MDMTransformer, row: Row, tokenizer: ChatTokenizer, cfg: DictConfig) -> str:
+    """A row's prompt, what the model writes after it, and the reference, as Markdown; "" where the
+    prompt leaves no room."""
+    # Plain text has no prompt: the model goes on from the row's first quarter.
+    prompt = row.prompt if len(row.prompt) else row.tokens[: len(row.tokens) // 4 + 1]
+    room = model.max_seq_len - len(prompt)
+    if room < 1:
+        return ""
+    length = min(cfg.sample_new_tokens, room)
+    written = generate(
+        model, [prompt], _decoding(cfg, length), special=tokenizer, max_new_tokens=length
+    )
+    texts = {
+        "prompt": prompt,
+        "model": written.tokens[0],
+        "reference": row.tokens[len(prompt) :],
+    }
+    return "\n\n".join(
+        f"**{label}**\n\n    " + tokenizer.decode(ids.tolist()).replace("\n", "\n    ")
+        for label, ids in texts.items()
+    )

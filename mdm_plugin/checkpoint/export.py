@@ -1,7 +1,7 @@
 """A checkpoint as a Hugging Face directory, by one command.
 
-    python -m mdm_plugin.training.export runs/step_1000 exported
-    python -m mdm_plugin.training.export runs/step_1000 exported --average --family llama
+    python -m mdm_plugin.checkpoint.export runs/step_1000 exported
+    python -m mdm_plugin.checkpoint.export runs/step_1000 exported --average --family llama
 
 What was trained from a Hugging Face checkpoint is one already, and its files are copied. Of a run
 from random weights the tensors are renamed, and a config.json is made from the model. Every file is
@@ -19,12 +19,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from mdm_plugin.checkpoint.files import WEIGHTS, hf_name
+from mdm_plugin.checkpoint.manifest import MANIFEST, verify
+from mdm_plugin.checkpoint.parts import AVERAGE
+from mdm_plugin.config.components import instantiate
 from mdm_plugin.errors import UserError
 from mdm_plugin.models.naming import FAMILIES
-from mdm_plugin.training.checkpoint import AVERAGE
-from mdm_plugin.training.config import instantiate
-from mdm_plugin.training.manifest import MANIFEST, verify
-from mdm_plugin.training.weights import WEIGHTS, hf_name
 
 _OWN = {MANIFEST, "state.json", "config.yaml", AVERAGE, "optimizer"}
 

@@ -3,9 +3,9 @@
 import pytest
 
 from mdm_plugin.cli import recipe_of
+from mdm_plugin.config.loading import config_names, load_config
+from mdm_plugin.config.options import EvalOptions, GenerateOptions, Options, VarianceOptions
 from mdm_plugin.errors import UserError
-from mdm_plugin.training.config import config_names, load_config
-from mdm_plugin.training.options import EvalOptions, GenerateOptions, Options, VarianceOptions
 
 OPTIONS = {
     "mdm_variance": VarianceOptions,

@@ -5,12 +5,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from mdm_plugin.checkpoint.export import export
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import llada
 from mdm_plugin.training import Checkpointer
-from mdm_plugin.training.distributed import World
-from mdm_plugin.training.export import export
-from mdm_plugin.training.weights import Weights
 from tests.checkpoints import full_attention
 
 ALONE = World(0, 1, torch.device("cpu"), None)

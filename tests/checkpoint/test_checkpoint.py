@@ -4,9 +4,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from mdm_plugin.distributed.parameters import initialize_parameters
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.training import Checkpointer
-from mdm_plugin.training.distributed import World, initialize_parameters
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

@@ -6,21 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mdm_plugin.checkpoint.adapters import load_adapters, save_adapters
+from mdm_plugin.checkpoint.saving import save_weights
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.parameters import adapter_names, initialize_parameters, named_parameters
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import dream, from_autoregressive, llada, lora_dream, lora_llada
-from mdm_plugin.training.distributed import (
-    World,
-    adapter_names,
-    build_model,
-    initialize_parameters,
-    named_parameters,
-)
-from mdm_plugin.training.weights import (
-    Weights,
-    load_adapters,
-    save_adapters,
-    save_weights,
-)
 from tests.checkpoints import OURS, full_attention, oracle, tensors, write
 
 ALONE = World(0, 1, torch.device("cpu"), None)

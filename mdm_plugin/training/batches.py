@@ -2,9 +2,9 @@
 
 from omegaconf import DictConfig
 
-from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
+from mdm_plugin.distributed.world import World
 from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.training.distributed import World
 
 
 def global_batches(
@@ -17,15 +17,14 @@ def global_batches(
     """
     return GlobalBatches(
         rows,
-        batch_size=cfg.batch_size,
-        ranks=world.size,
-        rank=world.rank,
-        accumulation=accumulation,
+        Split(cfg.batch_size, world.size, world.rank, accumulation),
+        Padding(
+            tokenizer.pad_id,
+            tokenizer.eos_id if cfg.train_eos_padding else None,
+            cfg.pad_to_multiple_of,
+            tokenizer.max_seq_len,
+        ),
         seed=cfg.seed,
         shuffle=cfg.shuffle,
-        pad_id=tokenizer.pad_id,
-        eos_padding_id=tokenizer.eos_id if cfg.train_eos_padding else None,
-        pad_to_multiple_of=cfg.pad_to_multiple_of,
-        max_len=tokenizer.max_seq_len,
         layout=cfg.batch_layout,
     )

@@ -1,4 +1,6 @@
-"""The quickstart from nothing to a better model, measured: ``python -m mdm_plugin.demo``.
+"""The quickstart from nothing to a better model, measured.
+
+    python -m mdm_plugin.quickstart.demo
 
 Makes the data, pretrains, measures, fine-tunes with the user's own command, measures again.
 """
@@ -11,35 +13,34 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
 from mdm_plugin.data import chat_dataset
 from mdm_plugin.data.prompts import read_prompts
-from mdm_plugin.evaluation import NELBO, ExactMatch, exact_match, nelbo
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.world import World
+from mdm_plugin.evaluation import NELBO, BoundEstimator, ExactMatch, exact_match
 from mdm_plugin.generation import Decoding
-from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.quickstart import prepare, verify
-from mdm_plugin.training.config import instantiate, load_config
-from mdm_plugin.training.distributed import World, build_model
-from mdm_plugin.training.options import Options
-from mdm_plugin.training.weights import Weights
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
+from mdm_plugin.quickstart.data import prepare, verify
 
 # The longest answer of the quickstart's data has 23 tokens, EOS included.
 NEW_TOKENS = STEPS = 24
+WORLD = World(0, 1, torch.device("cpu"), None)
 
 
-def measure(model: nn.Module, weights: Path, home: Path, label: str) -> tuple[NELBO, ExactMatch]:
+def measure(
+    model: MDMTransformer, weights: Path, home: Path, label: str
+) -> tuple[NELBO, ExactMatch]:
     """NELBO and exact match on the held-out rows with the weights of a checkpoint."""
     Weights(weights).load(model)
     tokenizer = ChatTokenizer(str(home))
     test = home / "test.jsonl"
-    bound = nelbo(
-        model.eval(),
-        chat_dataset(tokenizer, source=str(test)),
-        mask_id=tokenizer.mask_id,
-        pad_id=tokenizer.pad_id,
-        batch_size=64,
-        device=torch.device("cpu"),
+    bound = BoundEstimator(tokenizer, WORLD, batch_size=64).nelbo(
+        model, chat_dataset(tokenizer, source=str(test))
     )
     match = exact_match(
         model,
@@ -62,8 +63,7 @@ def main() -> None:
     cfg = load_config("quickstart", overrides, Options)
     home, run = Path(cfg.tokenizer.path), Path(cfg.output_dir)
     prepare(str(home))
-    world = World(0, 1, torch.device("cpu"), None)
-    model = build_model(lambda: instantiate(cfg, "model"), world, dtype=torch.float32)
+    model = build_model(lambda: instantiate(cfg, "model"), WORLD, torch.float32)
     before = measure(model, home / "pretrained", home, "the pretrained model")
 
     command = ["run", "mdm_full_finetune", "--config", "quickstart", *overrides]

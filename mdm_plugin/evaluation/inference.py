@@ -6,15 +6,16 @@ from typing import Any
 from omegaconf import DictConfig
 from torchtune import training
 
+from mdm_plugin.checkpoint.weights import Weights
+from mdm_plugin.config.components import instantiate
 from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt
+from mdm_plugin.distributed.build import Build, build_model
+from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.generation import Decoding
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.training.checks import check_checkpoint, check_data
-from mdm_plugin.training.config import instantiate
-from mdm_plugin.training.distributed import World, build_model
-from mdm_plugin.training.weights import Weights
 
 
 def read_decoding(cfg: DictConfig) -> Decoding:
@@ -57,9 +58,9 @@ def load_model(
         raise UserError(f"checkpointer.checkpoint_dir: not given: name the weights to {purpose}")
     model = build_model(
         lambda: instantiate(cfg, "model"),
-        world._replace(mesh=None, size=1),  # each rank holds the whole
-        dtype=training.get_dtype(cfg.dtype, device=world.device),
-        compile=cfg.compile,
+        world.alone(),  # each rank holds the whole
+        training.get_dtype(cfg.dtype, device=world.device),
+        Build(compile=cfg.compile),
     ).eval()
     check_checkpoint(checkpointer.weights, model, tokenizer)
     check_data(model, tokenizer, rows)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mdm_plugin.training.distributed import World
+from mdm_plugin.distributed.world import World
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

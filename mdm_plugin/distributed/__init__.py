@@ -1,0 +1,4 @@
+"""One process or many: the ranks, models that are born sharded, their parameters and gradients.
+
+May import: errors, noise, models.
+"""

@@ -1,0 +1,131 @@
+"""One process or many: the process group, and what this process is in it."""
+
+import atexit
+import gc
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torchtune import training
+from torchtune.utils import get_device
+
+from mdm_plugin.errors import UserError
+
+
+class World(NamedTuple):
+    """This process among those that share the rows.
+
+    mesh is None for a single process. group: theirs, None for all processes. averages: whether
+    gradients are averaged over them (FSDP2's default) or summed.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    group: dist.ProcessGroup | None = None
+    averages: bool = True
+
+    def sum(self, x: Tensor) -> Tensor:
+        """``x`` summed over the ranks, on the device."""
+        x = x.to(self.device)
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest ``x`` of the ranks, on the device."""
+        x = x.to(self.device)
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def alone(self) -> "World":
+        """This process for itself: what it computes is not shared with the others."""
+        return World(0, 1, self.device, None)
+
+
+@contextmanager
+def distributed(
+    device: str, shard_dim: int = -1, replicate_dim: int = 1, timeout_minutes: float = 30
+) -> Iterator[World]:
+    """The world that torchrun has made, or one process without it; its end is the group's end.
+
+    Args:
+        device: ``cpu``, ``cuda``, ….
+        shard_dim: ranks that one copy of the model is sharded over (FSDP2); −1 for all that
+            ``replicate_dim`` leaves.
+        replicate_dim: copies of the model (HSDP); 1 for plain FSDP2.
+        timeout_minutes: a collective that waits longer ends the run, with a line that says so.
+
+    Raises:
+        UserError: if the device is not there, or the sizes do not make up the world.
+    """
+    try:
+        place = get_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device}: {str(error).splitlines()[0]}") from error
+    if not training.is_distributed():
+        if replicate_dim != 1 or shard_dim not in (-1, 1):
+            raise UserError(
+                "data_parallel_replicate_dim, data_parallel_shard_dim: this is a single process; "
+                "start more with tune run --nproc_per_node"
+            )
+        yield World(0, 1, place, None)
+        return
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if replicate_dim < 1 or size % replicate_dim:
+        raise UserError(
+            f"data_parallel_replicate_dim: {size} ranks do not divide into {replicate_dim} copies"
+        )
+    shard = size // replicate_dim if shard_dim == -1 else shard_dim
+    if shard * replicate_dim != size:
+        raise UserError(
+            f"data_parallel_shard_dim: {shard} × data_parallel_replicate_dim {replicate_dim} is "
+            f"not the number of ranks, {size}"
+        )
+    backend = training.get_distributed_backend(place.type, offload_ops_to_cpu=place.type != "cpu")
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        if replicate_dim > 1:
+            mesh = init_device_mesh(
+                place.type, (replicate_dim, shard), mesh_dim_names=("dp_replicate", "dp_shard")
+            )
+        else:
+            mesh = init_device_mesh(place.type, (size,), mesh_dim_names=("dp_shard",))
+        yield World(rank, size, place, mesh)
+    except RuntimeError as error:  # gloo's and NCCL's errors are of this kind
+        if re.search(r"gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
+            reason = str(error).strip().splitlines()[0][:200]
+            print(
+                f"error: rank {rank}: another rank has died, or has not come for "
+                f"{timeout_minutes:g} minutes (timeout_minutes): {reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@atexit.register
+def _end_process_groups() -> None:
+    """Free the groups that ``destroy_process_group`` has closed, and so end gloo's threads.
+
+    Before Python 3.14, one that still lets go of a tensor while Python ends aborts the process
+    ("terminate called without an active exception"), and torchrun calls the whole run failed.
+    A group lives as long as its meshes, and DTensor's caches of shardings keep those.
+    """
+    if dist.is_initialized() or not training.is_distributed():
+        return
+    gc.collect()
+    for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()

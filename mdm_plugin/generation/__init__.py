@@ -1,0 +1,32 @@
+"""Writing text: samplers, decoding, caches, and the view of a text that is being unmasked.
+
+May import: errors, noise, models.
+"""
+
+from mdm_plugin.generation.caches import BlockCache
+from mdm_plugin.generation.decoding import Decoding
+from mdm_plugin.generation.samplers import (
+    ORDERS,
+    Candidates,
+    Remasking,
+    Sampler,
+    Stable,
+    Threshold,
+)
+from mdm_plugin.generation.writing import Generated, SpecialTokens, TokenIds, generate, infill
+
+__all__ = [
+    "ORDERS",
+    "BlockCache",
+    "Candidates",
+    "Decoding",
+    "Generated",
+    "Remasking",
+    "Sampler",
+    "SpecialTokens",
+    "Stable",
+    "Threshold",
+    "TokenIds",
+    "generate",
+    "infill",
+]

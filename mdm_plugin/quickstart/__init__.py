@@ -1,0 +1,8 @@
+"""The quickstart: its data, tokenizer and pretrained model, made here when missing; and the demo.
+
+May import: everything but titan.
+"""
+
+from mdm_plugin.quickstart.data import prepare, prepare_autoregressive, prepare_data, verifier
+
+__all__ = ["prepare", "prepare_autoregressive", "prepare_data", "verifier"]

@@ -1,0 +1,208 @@
+"""The memory of a training step, on fake tensors.
+
+A step runs in torch's FakeTensorMode, where tensors have shapes and no storage, and
+torch.distributed's ``MemTracker`` sees each of its allocations: so adapters, checkpointing, pairs
+of masks and the optimizer count as they are. What FSDP2 shards is divided by the ranks, and what
+it gathers is added.
+"""
+
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torchao.dtypes.nf4tensor import NF4Tensor
+
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.contract import Estimator, Times
+from mdm_plugin.data.batches import Batch
+from mdm_plugin.models import MDMTransformer
+from mdm_plugin.training.step import corrupt, forward_loss
+
+# Bytes of state per parameter of optimizers that do not run on fake tensors.
+_STATE_BYTES = {"AdamW8bit": 2.03, "Adam8bit": 2.03, "AdamW4bit": 1.06, "Adam4bit": 1.06}
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank.
+
+    parameters, gradients, optimizer: what rests, sharded.
+    gathered: of a layer and of what is outside the layers, whole while FSDP2 runs them.
+    activations: at the peak of forward and backward, without the logits.
+    logits: of one chunk of the head, in fp32, and in the head's dtype if that is another.
+    peak: the largest of forward and backward, and of the optimizer's step.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    logits: float
+    peak: float
+
+
+class Job(NamedTuple):
+    """What a rank is to do in a micro-batch.
+
+    model: of fake tensors. estimator, rows: what it trains on. mode: of the fake tensors.
+    shards: ranks that share a copy of the model. accumulation: micro-batches of a step.
+    """
+
+    model: MDMTransformer
+    estimator: Estimator
+    rows: Batch
+    mode: FakeTensorMode
+    shards: int
+    accumulation: int
+
+
+def memory(cfg: DictConfig, job: Job) -> Memory:
+    """The memory of a rank that does ``job``.
+
+    Layers are alike: two and four of them are measured, and what one adds is counted for the rest.
+    """
+    model, shards, loss = job.model, job.shards, job.estimator.loss
+    # All are masked: it happens.
+    t = torch.full((len(job.rows.tokens),), 0.999, dtype=torch.float64)
+    noisy = corrupt(job.rows, Times(t, torch.ones_like(t)), job.estimator)
+    layers = model.layers
+    few = [min(2, len(layers)), min(4, len(layers))]
+    measured = []
+    for count in few:
+        model.layers = layers[:count]
+        measured.append(_step(cfg, model, loss, noisy, job.mode))
+    model.layers = layers
+    more = (len(layers) - few[0]) / max(1, few[1] - few[0])
+    first, second = measured
+    step = StepBytes._make(a + (b - a) * more for a, b in zip(first, second, strict=True))
+
+    parameters = sum(_nbytes(p) for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = 0 if cfg.optimizer_in_bwd else sum(p.nbytes for p in trained)
+    masked = min(loss.chunk_size, len(noisy.targets.labels))
+    vocabulary = model.tok_embeddings.num_embeddings
+    size = trained[0].element_size()
+    logits = masked * vocabulary * (4 if size == 4 else size + 4)
+    gathered = _gathered(model) if shards > 1 else 0
+    backward = max(step.passing, step.late + step.late_gradients / shards)
+    if cfg.optimizer_in_bwd:
+        backward = step.passing
+    elif job.accumulation > 1:  # the gradient of the micro-batches before is there all the time
+        backward = step.passing + gradients / shards
+    stepping = (gradients + step.stepping) / shards
+    return Memory(
+        parameters / shards,
+        gradients / shards,
+        step.state / shards,
+        gathered,
+        max(0, step.passing - logits),
+        logits,
+        (parameters + step.state) / shards + max(gathered + backward, stepping),
+    )
+
+
+class StepBytes(NamedTuple):
+    """Bytes beyond the parameters, in a step of which nothing is sharded.
+
+    passing: the most that forward and backward hold, if gradients went as they came.
+    late, late_gradients: the most that they hold with the gradients, and the gradients of it.
+    state, stepping: of the optimizer, and what its step allocates for the moment.
+    """
+
+    passing: float
+    late: float
+    late_gradients: float
+    state: float
+    stepping: float
+
+
+def _step(cfg: DictConfig, model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> StepBytes:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = _forward_backward(model, loss, noisy, mode)
+    for p in trained:
+        p.grad = None
+    hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
+    dropped = _forward_backward(model, loss, noisy, mode)
+    for hook in hooks:
+        hook.remove()
+    with mode:
+        state, stepping = _optimizer_bytes(cfg, trained)
+    rest = kept["PARAM"] + kept.get("GRAD", 0)
+    passing = sum(dropped.values()) - dropped["PARAM"]
+    return StepBytes(passing, sum(kept.values()) - rest, kept.get("GRAD", 0), state, stepping)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> dict[str, int]:
+    """Bytes by kind at the peak of a forward and backward pass."""
+    tracker = MemTracker()
+    # It hooks the gradient of every parameter, also of those that have none: these are taken.
+    none = torch.zeros((), requires_grad=True).register_hook(lambda grad: None)
+    for p in model.parameters():
+        if not p.requires_grad:
+            tracker._param_to_grad_hook_handles[p] = (none, none)
+    with mode:
+        tracker.track_external(model)
+        with tracker:
+            fake = noisy._replace(
+                noisy=mode.from_tensor(noisy.noisy),
+                attend=None if noisy.attend is None else mode.from_tensor(noisy.attend),
+                targets=type(noisy.targets)(*(mode.from_tensor(x) for x in noisy.targets)),
+            )
+            forward_loss(model, loss, fake)[0].backward()
+    return _peak(tracker)
+
+
+def _peak(tracker: MemTracker) -> dict[str, int]:
+    kinds: dict[str, int] = {}
+    for device in tracker.get_tracker_snapshot("peak").values():
+        for kind, count in device.items():
+            name = kind.name if isinstance(kind, Enum) else str(kind)
+            if name != "Total":
+                kinds[name] = kinds.get(name, 0) + count
+    return kinds
+
+
+def _optimizer_bytes(cfg: DictConfig, trained: list[nn.Parameter]) -> tuple[float, float]:
+    """Bytes of an optimizer's state, and of what its step allocates for the moment."""
+    optimizer = instantiate(cfg, "optimizer", trained)
+    name = type(optimizer).__name__
+    if name in _STATE_BYTES:
+        return _STATE_BYTES[name] * sum(p.numel() for p in trained), 0.0
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    tracker = MemTracker()
+    tracker.track_external(*trained)
+    with tracker:
+        optimizer.step()
+    for p in trained:
+        p.grad = None
+    state = [x for s in optimizer.state.values() for x in s.values() if isinstance(x, Tensor)]
+    total = sum(x.nbytes for x in state)
+    parameters = sum(p.nbytes for p in trained)
+    return total, max(0.0, sum(_peak(tracker).values()) - total - parameters)
+
+
+def _nbytes(parameter: Tensor) -> int:
+    """Bytes of its storage; NF4 has half a byte per value, and scales."""
+    data = parameter.data
+    if not isinstance(data, NF4Tensor):
+        return data.nbytes
+    return sum(getattr(data, name).nbytes for name in data.__tensor_flatten__()[0])
+
+
+def _gathered(model: MDMTransformer) -> int:
+    """Whole parameters while FSDP2 runs a layer and fetches the next, and their gradients."""
+    layer = max(sum(_nbytes(p) for p in layer.parameters()) for layer in model.layers)
+    inner = {id(p) for layer in model.layers for p in layer.parameters()}
+    outer = [p for p in model.parameters() if id(p) not in inner]
+    learnt = sum(p.nbytes for p in model.layers[0].parameters() if p.requires_grad)
+    learnt += sum(p.nbytes for p in outer if p.requires_grad)
+    return 2 * layer + sum(p.nbytes for p in outer) + learnt
