@@ -6,8 +6,9 @@ With rows x0 of N eligible positions, masking rate p and importance weight w of 
 
 (LLaDA, arXiv 2502.09992, Algorithm 2). Only the masked positions' hidden states go through
 the LM head, in chunks: the logits of a whole batch never exist. A chunk's part of the gradient is
-computed in the forward pass, while its logits are there (as in Liger's and Apple's linear
-cross-entropies, which have no weight for each position).
+computed in the forward pass, while its logits are there: each position's weight is known by then
+(Apple's and torch's linear cross-entropies take weights too, and compute the logits twice for it:
+docs/performance.md).
 """
 
 from collections.abc import Callable
