@@ -17,19 +17,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from quickstart_model import Quickstart, last_checkpoint
 
-from mdm_plugin.checkpoint.weights import Weights
-from mdm_plugin.config.components import instantiate
-from mdm_plugin.config.loading import load_config
-from mdm_plugin.config.options import Options
 from mdm_plugin.data.prompts import read_prompts
-from mdm_plugin.distributed.build import build_model
-from mdm_plugin.distributed.world import World
 from mdm_plugin.evaluation import exact_match
-from mdm_plugin.generation import Decoding, Threshold, generate
-from mdm_plugin.models import ChatTokenizer, llada
+from mdm_plugin.generation import Decoding, Threshold, TokenIds, generate
+from mdm_plugin.models import MDMTransformer, llada
 from mdm_plugin.quickstart.data import verify
+
+ENDLESS = TokenIds(mask_id=1, pad_id=0)  # no EOS: every way writes all tokens
 
 
 def ways(block: int, few: dict[str, Any], name: str) -> dict[str, Decoding]:
@@ -45,7 +41,7 @@ def ways(block: int, few: dict[str, Any], name: str) -> dict[str, Decoding]:
 
 
 def measure(
-    model: nn.Module,
+    model: MDMTransformer,
     prompts: list[torch.Tensor],
     n: int,
     decodings: dict[str, Decoding],
@@ -59,7 +55,7 @@ def measure(
             start, used = time.perf_counter(), 0
             for i, prompt in enumerate(prompts):  # one at a time, as text is written for a user
                 used += generate(
-                    model, [prompt], decoding, mask_id=1, pad_id=0, max_new_tokens=n, seeds=[i]
+                    model, [prompt], decoding, special=ENDLESS, max_new_tokens=n, seeds=[i]
                 ).forwards
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
@@ -97,20 +93,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
 
-    cfg = load_config("quickstart", [], Options)
-    home, run = Path(cfg.tokenizer.path), Path(cfg.output_dir)
-    tokenizer = ChatTokenizer(str(home))
-    alone = World(0, 1, torch.device("cpu"), None)
-    model = build_model(lambda: instantiate(cfg, "model"), alone, dtype=torch.float32).eval()
-    Weights(max(run.glob("step_*"), key=lambda d: int(d.name.removeprefix("step_")))).load(model)
-    questions = read_prompts(tokenizer, prompts=str(home / "test.jsonl"))
+    quickstart = Quickstart()
+    model = quickstart.model(last_checkpoint(quickstart.run))
+    questions = read_prompts(quickstart.tokenizer, prompts=str(quickstart.home / "test.jsonl"))
     prompts = [torch.tensor(x.ids) for x in questions[:10]]
     small = ways(12, {"sampler": Threshold(0.9)}, "threshold")
     results = {"quickstart": measure(model, prompts, 24, small, given.rounds)}
     for name, decoding in small.items():
         match = exact_match(
             model,
-            tokenizer,
+            quickstart.tokenizer,
             questions,
             verify,
             max_new_tokens=24,

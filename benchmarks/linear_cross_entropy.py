@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,16 @@ WAYS = (
 LOOSE = "torch, chunks of 1024, sums in bfloat16"
 
 
-def case(given: Any, positions: int, dtype: str) -> tuple[Tensor, nn.Linear, Targets]:
-    """Hidden states, a head whose logits have variance 1, labels and weights 1/p."""
+class Case(NamedTuple):
+    """Hidden states [M, D], a head of V × D, labels and weights."""
+
+    hidden: Tensor
+    head: nn.Linear
+    targets: Targets
+
+
+def a_case(given: Any, positions: int, dtype: str) -> Case:
+    """A case whose logits have variance 1, with weights 1/p."""
     torch.manual_seed(0)
     hidden = torch.randn(positions, given.width)
     head = nn.Linear(given.width, given.vocabulary, bias=False)
@@ -46,13 +54,12 @@ def case(given: Any, positions: int, dtype: str) -> tuple[Tensor, nn.Linear, Tar
     weights = 1 / (positions * torch.empty(positions).uniform_(0.1, 1))
     targets = Targets(place, torch.randint(given.vocabulary, (positions,)), place, weights)
     hidden = hidden.to(given.device, getattr(torch, dtype)).requires_grad_()
-    return hidden, head.to(hidden), targets.to(hidden.device)
+    return Case(hidden, head.to(hidden), targets.to(hidden.device))
 
 
-def step(
-    way: str, hidden: Tensor, head: nn.Linear, targets: Targets
-) -> Callable[[], tuple[Tensor, ...]]:
+def step(way: str, case: Case) -> Callable[[], tuple[Tensor, ...]]:
     """A forward and backward pass; it returns CE and the gradients of hidden states and head."""
+    hidden, head, targets = case
     name = way.split(",")[0]
     size = next((int(x) for x in way.replace(",", "").split() if x.isdigit()), None)
     loss = MDMLoss(chunk_size=size or 1024)
@@ -75,12 +82,13 @@ def step(
     return once
 
 
-def errors(way: str, hidden: Tensor, head: nn.Linear, targets: Targets) -> dict[str, float]:
+def errors(way: str, case: Case) -> dict[str, float]:
     """The largest differences to fp32 full logits, of the gradients and of CE."""
     exact = nn.Linear(1, 1, bias=False)
-    exact.weight = nn.Parameter(head.weight.detach().float())
-    right = step("full logits", hidden.detach().float().requires_grad_(), exact, targets)()
-    found = step(way, hidden, head, targets)()
+    exact.weight = nn.Parameter(case.head.weight.detach().float())
+    hidden = case.hidden.detach().float().requires_grad_()
+    right = step("full logits", Case(hidden, exact, case.targets))()
+    found = step(way, case)()
     ce, *gradients = (
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, right, strict=True)
     )
@@ -90,8 +98,8 @@ def errors(way: str, hidden: Tensor, head: nn.Linear, targets: Targets) -> dict[
 def peak(given: Any) -> None:
     """Print one way's peak above what is there before, MiB."""
     positions, dtype, way = json.loads(given.alone)
-    step(way, *case(given, 8, dtype))()
-    once = step(way, *case(given, positions, dtype))
+    step(way, a_case(given, 8, dtype))()
+    once = step(way, a_case(given, positions, dtype))
     if given.device == "cuda":
         rest = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -142,13 +150,13 @@ def main() -> None:
     for dtype in given.dtypes:
         for positions in given.positions:
             print(f"{dtype}, {positions} positions", flush=True)
-            made = case(given, positions, dtype)
+            made = a_case(given, positions, dtype)
             ways = (*WAYS, LOOSE) if dtype == "bfloat16" else WAYS
-            seconds = in_turn({way: step(way, *made) for way in ways}, given.pairs)
+            seconds = in_turn({way: step(way, made) for way in ways}, given.pairs)
             for way in ways:
                 time = ratio(seconds, way, OURS)
                 x = {"dtype": dtype, "positions": positions, "way": way, **time}
-                x |= {"mib": mib(given, positions, dtype, way), **errors(way, *made)}
+                x |= {"mib": mib(given, positions, dtype, way), **errors(way, made)}
                 results.append(x)
                 print(
                     f"  {way:40} {x['ratio']:6.2f} ({x['low']:5.2f}–{x['high']:5.2f}) "

@@ -68,7 +68,7 @@ def train(output: Path, method: str, seed: int) -> dict[str, Any]:
 
     cfg = load_config("quickstart", overrides, Options)
     world = World(0, 1, torch.device("cpu"), None)
-    model = build_model(lambda: instantiate(cfg, "model"), world, dtype=torch.float32)
+    model = build_model(lambda: instantiate(cfg, "model"), world, torch.float32)
     home = Path(cfg.tokenizer.path)
     bound, match = measure(model, weights, home, name)
     found = {

@@ -14,27 +14,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from quickstart_model import WORLD, Quickstart, last_checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mdm_plugin.checkpoint.weights import Weights
-from mdm_plugin.config.components import instantiate
-from mdm_plugin.config.loading import load_config
-from mdm_plugin.config.options import Options
-from mdm_plugin.data import Rows, chat_dataset
-from mdm_plugin.distributed.build import build_model
-from mdm_plugin.distributed.world import World
-from mdm_plugin.evaluation.nelbo import bounds
+from mdm_plugin.data import Rows
+from mdm_plugin.evaluation import BoundEstimator
 from mdm_plugin.models import ChatTokenizer
-
-CPU = torch.device("cpu")
 
 
 @torch.no_grad()
 def plain(model: nn.Module, rows: Rows, tokenizer: ChatTokenizer, draws: int, seed: int) -> Tensor:
     """LLaDA's estimate of each row's bound, written out. [R], nats."""
     index = torch.arange(len(rows))
-    tokens, eligible, real = rows.padded(index, int(rows.lengths.max()), tokenizer.pad_id)
+    tokens, eligible, real = rows.padded(index, rows.facts.longest, tokenizer.pad_id)
     n, generator = eligible.sum(1, keepdim=True), torch.Generator().manual_seed(seed)
     batch, estimates = min(16, draws), []
     for draw in range(draws):
@@ -57,33 +50,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=10)
     given = parser.parse_args()
-    cfg = load_config("quickstart", [], Options)
-    home, run = Path(cfg.tokenizer.path), Path(cfg.output_dir)
-    tokenizer = ChatTokenizer(str(home))
-    rows = chat_dataset(tokenizer, source=str(home / "test.jsonl"))
-    model = build_model(
-        lambda: instantiate(cfg, "model"), World(0, 1, CPU, None), dtype=torch.float32
-    ).eval()
-    tuned = max(run.glob("step_*"), key=lambda d: int(d.name.removeprefix("step_")))
-    cases = [
-        (n, w, k)
-        for n, w in (("pretrained", home / "pretrained"), ("fine-tuned", tuned))
-        for k in (8, 32)
-    ]
+    quickstart = Quickstart()
+    tokenizer, rows = quickstart.tokenizer, quickstart.rows("test")
+    models = {
+        "pretrained": quickstart.model(quickstart.pretrained),
+        "fine-tuned": quickstart.model(last_checkpoint(quickstart.run)),
+    }
+    cases = [(name, draws) for name in models for draws in (8, 32)]
     results = {}
-    for name, weights, draws in tqdm(cases, desc="Measuring"):
-        Weights(weights).load(model)
+    for name, draws in tqdm(cases, desc="Measuring"):
+        model = models[name]
         ours = [
-            bounds(
-                model,
-                rows,
-                torch.arange(len(rows)),
-                mask_id=tokenizer.mask_id,
-                pad_id=tokenizer.pad_id,
-                batch_size=1024,
-                device=CPU,
-                draws=draws,
-                seed=seed,
+            BoundEstimator(tokenizer, WORLD, batch_size=1024, draws=draws, seed=seed).bounds(
+                model, rows, torch.arange(len(rows))
             )
             for seed in range(given.seeds)
         ]

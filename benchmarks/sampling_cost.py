@@ -15,13 +15,15 @@ import torch
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import load_config
 from mdm_plugin.config.options import Options
-from mdm_plugin.data import GlobalBatches
+from mdm_plugin.contract import Estimator
+from mdm_plugin.data import GlobalBatches, Padding, Split
+from mdm_plugin.density import Density
 from mdm_plugin.distributed.build import build_model
 from mdm_plugin.distributed.parameters import initialize_parameters
 from mdm_plugin.distributed.world import World
 from mdm_plugin.masking import Bernoulli, Complement, FixedCount, Mirror, Systematic
 from mdm_plugin.noise import keyed_generator, keyed_uniform
-from mdm_plugin.timesteps import Density, ParetoOptimal
+from mdm_plugin.timesteps import ParetoOptimal
 from mdm_plugin.training.step import backward, corrupt, global_normalizer
 
 STEPS = 40
@@ -34,12 +36,11 @@ def main() -> None:
     tokenizer = instantiate(cfg, "tokenizer")
     batches = GlobalBatches(
         instantiate(cfg, "dataset", tokenizer),
-        batch_size=cfg.batch_size,
+        Split(cfg.batch_size),
+        Padding(tokenizer.pad_id, tokenizer.eos_id),
         seed=0,
-        pad_id=tokenizer.pad_id,
-        eos_padding_id=tokenizer.eos_id,
     )
-    model = build_model(lambda: instantiate(cfg, "model"), world, dtype=torch.float32)
+    model = build_model(lambda: instantiate(cfg, "model"), world, torch.float32)
     initialize_parameters(model, 0)
     optimizer = instantiate(cfg, "optimizer", list(model.parameters()))
     loss = instantiate(cfg, "loss")
@@ -47,22 +48,22 @@ def main() -> None:
     sampler.density = Density(torch.linspace(0, 1, 1025), torch.linspace(3, 0.5, 1025))
     print(f"{'masking':12} {'sampling':>10} {'+ layout':>10}   sampling, ms   whole step, ms")
     for masking in (Bernoulli(), FixedCount(), Systematic(), Mirror(), Complement()):
+        estimator = Estimator(sampler, masking, loss, tokenizer.mask_id)
         timed = []
         for step in range(STEPS):
             batch = batches.micro_batches(step)[0]
-            times = [time.perf_counter()]
+            clock = [time.perf_counter()]
             u = keyed_uniform(0, "mask", step, places=batch.places, length=batch.u.shape[1])
-            t, weight = sampler(batches.size, keyed_generator(0, "t", step))
-            masking(t, u, batch.eligible)
-            times.append(time.perf_counter())
-            batch = batches.micro_batches(step)[0]
-            noisy = corrupt(batch, t, weight, masking, loss, tokenizer.mask_id, sampler.density)
-            times.append(time.perf_counter())
+            times = sampler(batches.size, keyed_generator(0, "t", step))
+            masking(times.t, u, batch.eligible)
+            clock.append(time.perf_counter())
+            noisy = corrupt(batches.micro_batches(step)[0], times, estimator)
+            clock.append(time.perf_counter())
             backward(model, loss, noisy, global_normalizer([noisy], world), world)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            times.append(time.perf_counter())
-            timed.append(times)
+            clock.append(time.perf_counter())
+            timed.append(clock)
         sampling, layout, training = torch.tensor(timed, dtype=torch.float64).diff().T
         # The second part draws the noise and the masks again, so it holds the first.
         whole = layout + training

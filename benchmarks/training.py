@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,39 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
-from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.contract import Estimator
+from mdm_plugin.data import Batch, GlobalBatches, Padding, Rows, Split
 from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli
-from mdm_plugin.models import llada
-from mdm_plugin.noise import keyed_generator
+from mdm_plugin.models import MDMTransformer, llada
+from mdm_plugin.models.transformer import ROTARY
 from mdm_plugin.timesteps import Stratified
 from mdm_plugin.training.in_backward import StepInBackward
-from mdm_plugin.training.step import Corrupted, backward, corrupt, global_normalizer, pack
+from mdm_plugin.training.step import (
+    Corrupted,
+    backward,
+    corrupt,
+    corrupted_step,
+    global_normalizer,
+    pack,
+)
 
 VOCABULARY, MASK, PAD = 126_464, 126_336, 0
 GIB = 2**30
 Step = Callable[[], Any]
+
+
+class Size(NamedTuple):
+    """Of a model: token ids, width, layers, heads, longest row, width of the MLP."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    length: int
+    mlp: int
+    dtype: torch.dtype = torch.float32
 
 
 def in_turn(ways: dict[str, Step], pairs: int, repeats: int = 1) -> dict[str, list[float]]:
@@ -73,59 +93,53 @@ def ratio(seconds: dict[str, list[float]], ours: str, other: str) -> dict[str, f
     }
 
 
-def a_batch(sizes: list[tuple[int, int]], vocabulary: int, seed: int = 0, **options: Any) -> Any:
-    """Rows of (prompt, response) tokens, and a micro-batch of all of them with its masks."""
-    generator = torch.Generator().manual_seed(seed)
+def a_batch(
+    sizes: list[tuple[int, int]], vocabulary: int, chunk_size: int = 1024
+) -> tuple[Batch, Corrupted, MDMLoss]:
+    """Rows of (prompt, response) tokens, a micro-batch of all of them with its masks, the loss."""
+    generator = torch.Generator().manual_seed(0)
     top = min(vocabulary, MASK)
     rows = Rows(
         (torch.randint(2, top, (p + n,), generator=generator).tolist(), [False] * p + [True] * n)
         for p, n in sizes
     )
-    batch = GlobalBatches(rows, batch_size=len(sizes), seed=seed, pad_id=PAD).micro_batches(0)[0]
-    t, importance = Stratified()(len(sizes), generator)
+    (batch,) = GlobalBatches(rows, Split(len(sizes)), Padding(PAD), seed=0).micro_batches(0)
     mask_id = min(MASK, vocabulary - 1)
-    loss = MDMLoss(**options)
-    return batch, corrupt(batch, t, importance, Bernoulli(), loss, mask_id), loss
+    estimator = Estimator(Stratified(), Bernoulli(), MDMLoss(chunk_size=chunk_size), mask_id)
+    times = estimator.timesteps(len(sizes), generator)
+    return batch, corrupt(batch, times, estimator), estimator.loss
 
 
-def our_model(vocabulary: int, width: int, layers: int, heads: int, dtype: Any, length: int) -> Any:
+def our_model(size: Size) -> MDMTransformer:
     with torch.device("meta"):
-        model = llada(vocabulary, layers, heads, width, length, 3 * width)
+        model = llada(size.vocabulary, size.layers, size.heads, size.width, size.length, size.mlp)
     model.to_empty(device="cpu")
     for module in model.modules():
-        if hasattr(module, "rope_init"):
+        if isinstance(module, ROTARY):
             module.rope_init()
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
-    return model.to(dtype)
+    return model.to(size.dtype)
 
 
-def plain_model(
-    vocabulary: int,
-    width: int,
-    layers: int,
-    heads: int,
-    dtype: Any,
-    length: int,
-    intermediate: int | None = None,
-) -> Any:
+def plain_model(size: Size) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=intermediate or 3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        max_position_embeddings=length,
+        max_position_embeddings=size.length,
         tie_word_embeddings=False,
         use_cache=False,
-        dtype=dtype,
+        dtype=size.dtype,
         attn_implementation="sdpa",
     )
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(size.dtype)
     model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return model.train()
@@ -192,6 +206,11 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
 
 
+def size_of_slice(given: Any) -> Size:
+    heads, mlp = given.width // 128, 3 * given.width
+    return Size(VOCABULARY, given.width, 2, heads, 512, mlp, torch.bfloat16)
+
+
 def slice_(given: Any) -> dict[str, Any]:
     """Two layers of LLaDA-8B's shape with its vocabulary: time of a step."""
     found = {}
@@ -199,10 +218,9 @@ def slice_(given: Any) -> dict[str, Any]:
         ("half prompt", [(256, 256)] * given.rows),
         ("all response", [(0, 512)] * given.rows),
     ):
-        shape = (VOCABULARY, given.width, 2, given.width // 128, torch.bfloat16, 512)
-        ways = {}
+        size, ways = size_of_slice(given), {}
         batch, noisy, loss = a_batch(sizes, VOCABULARY)
-        ours, plain = (x(*shape).to(given.device) for x in (our_model, plain_model))
+        ours, plain = our_model(size).to(given.device), plain_model(size).to(given.device)
         ways["ours"] = our_step(ours, noisy, loss, adamw(ours), given.device)
         ways["plain"] = plain_step(plain, batch, noisy, adamw(plain), MASK, given.device)
         pairs = given.pairs if sizes[0][0] else min(3, given.pairs)  # the second is slow
@@ -245,14 +263,13 @@ def alone(given: Any) -> None:
     """Print one way's peak above what rests, GiB, and its seconds, after a step that warms up."""
     if given.sizes:
         rows, vocabulary, layers, length = (int(x) for x in given.sizes.split(","))
-        shape = (vocabulary, 256, layers, 4, torch.float32, 2048)
+        size = Size(vocabulary, width=256, layers=layers, heads=4, length=2048, mlp=768)
         sizes = [(length // 2, length // 2)] * rows
     else:
-        vocabulary, sizes = VOCABULARY, [(256, 256)] * given.rows
-        shape = (VOCABULARY, given.width, 2, given.width // 128, torch.bfloat16, 512)
-    batch, noisy, loss = a_batch(sizes, vocabulary, chunk_size=given.chunk)
+        size, sizes = size_of_slice(given), [(256, 256)] * given.rows
+    batch, noisy, loss = a_batch(sizes, size.vocabulary, given.chunk)
     plain = given.alone == "plain"
-    model = (plain_model if plain else our_model)(*shape).to(given.device)
+    model = (plain_model if plain else our_model)(size).to(given.device)
     if plain:
         model.gradient_checkpointing_enable()
     elif not given.sizes:
@@ -303,15 +320,14 @@ def lengths(given: Any) -> dict[str, Any]:
     total = (normal + math.log(180) - 0.5).exp().clamp(8, 1024).long()
     total = total[torch.randperm(24, generator=torch.Generator().manual_seed(1))].tolist()
     sizes = [(n // 2, n - n // 2) for n in total]
-    width, vocabulary = 256, 32_000
-    shape = (vocabulary, width, 2, 4, torch.float32, 1024)
-    batch, noisy, loss = a_batch(sizes, vocabulary)
-    ours, plain = (x(*shape).to(given.device) for x in (our_model, plain_model))
+    size = Size(vocabulary=32_000, width=256, layers=2, heads=4, length=1024, mlp=768)
+    batch, noisy, loss = a_batch(sizes, size.vocabulary)
+    ours, plain = our_model(size).to(given.device), plain_model(size).to(given.device)
     packed = pack(noisy, ours, torch.device(given.device))
     ways = {
         "packed": our_step(ours, packed, loss, adamw(ours), given.device),
         "padded": our_step(ours, noisy, loss, adamw(ours), given.device),
-        "plain": plain_step(plain, batch, noisy, adamw(plain), vocabulary - 1, given.device),
+        "plain": plain_step(plain, batch, noisy, adamw(plain), size.vocabulary - 1, given.device),
     }
     seconds = in_turn(ways, given.pairs)
     found: dict[str, Any] = {
@@ -324,10 +340,8 @@ def lengths(given: Any) -> dict[str, Any]:
 
 def a_step(recipe: Any, step: int) -> Corrupted:
     """The recipe's micro-batch of a step, ready for the model, its weights normalised."""
-    micro = recipe.batches.micro_batches(step)[0]
-    draw = recipe.timesteps(recipe.batches.size, keyed_generator(recipe.cfg.seed, "t", step))
-    noisy = corrupt(micro, *draw, recipe.masking, recipe.loss, recipe.tokenizer.mask_id)
-    weights = noisy.targets.weights / len(micro.tokens)
+    (noisy,) = corrupted_step(recipe.batches, step, recipe.estimator)
+    weights = noisy.targets.weights / len(noisy.t)
     return noisy._replace(targets=noisy.targets._replace(weights=weights))
 
 
@@ -343,7 +357,7 @@ def bare_and_recipe(recipe: Any, rounds: int) -> dict[str, Step]:
             noisy.noisy,
             mask=noisy.attend,
             positions=noisy.targets.positions,
-            head=lambda head, h: recipe.loss(head, h, noisy.targets),
+            head=lambda head, h: recipe.estimator.loss(head, h, noisy.targets),
         )
         total.backward()
         recipe.optimizer.step()
@@ -414,7 +428,7 @@ def recipe_(given: Any) -> dict[str, Any]:
 
 def compiled(given: Any) -> dict[str, Any]:
     """Compiled layers and loss over eager ones, at the quickstart's size, packed and padded."""
-    from mdm_plugin.distributed.build import build_model
+    from mdm_plugin.distributed.build import Build, build_model
     from mdm_plugin.distributed.parameters import initialize_parameters
 
     world = World(0, 1, torch.device(given.device), None)
@@ -426,15 +440,11 @@ def compiled(given: Any) -> dict[str, Any]:
         for name in ("eager", "compiled"):
             torch._dynamo.reset()
             _, noisy, loss = a_batch([tuple(x) for x in sizes], 320)
-            if layout == "packed":
-                noisy = pack(noisy, our_model(320, 64, 1, 4, torch.float32, 64), world.device)
-            model = build_model(
-                lambda: llada(320, 3, 4, 64, 64, 256),
-                world,
-                dtype=torch.float32,
-                compile=name == "compiled",
-            )
+            how = Build(compile=name == "compiled")
+            model = build_model(lambda: llada(320, 3, 4, 64, 64, 256), world, torch.float32, how)
             initialize_parameters(model, 0)
+            if layout == "packed":
+                noisy = pack(noisy, model, world.device)
             if name == "compiled":
                 loss.compile_chunks()
             ways[name] = our_step(model, noisy, loss, adamw(model), given.device)

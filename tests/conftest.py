@@ -1,10 +1,13 @@
 """Fixtures: the quickstart's real data and tokenizer, and a way to run recipes as users do."""
 
+import atexit
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,10 @@ import torch
 from mdm_plugin.models import ChatTokenizer, llada
 from mdm_plugin.quickstart.data import prepare_data
 from tests import forks
+
+# Rows that tests tokenise are not kept among the user's own.
+os.environ["MDM_PLUGIN_HOME"] = tempfile.mkdtemp(prefix="mdm_plugin_tests_")
+atexit.register(shutil.rmtree, os.environ["MDM_PLUGIN_HOME"], ignore_errors=True)
 
 BIN = Path(sys.executable).parent
 TINY = Path(__file__).with_name("tiny.yaml")

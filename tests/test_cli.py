@@ -45,14 +45,20 @@ def test_a_copied_config_runs_with_mdm_and_with_tune(command, tmp_path, data_dir
 
 
 def test_a_component_of_the_user_s_own_file(tune, tmp_path):
-    (tmp_path / "my_sampler.py").write_text(
+    text = (
         "import torch\n"
-        "class Late:\n"
+        "from mdm_plugin.contract import Times, TimestepSampler\n"
+        "class Late(TimestepSampler):\n"
         "    def __call__(self, n, generator):\n"
         "        t = torch.rand(n, generator=generator, dtype=torch.float64)\n"
-        "        return t.sqrt(), 0.5 / t.sqrt()\n"  # density 2t, weight 1 / 2t
+        "        return Times(t.sqrt(), 0.5 / t.sqrt())\n"  # density 2t, weight 1 / 2t
     )
+    (tmp_path / "my_sampler.py").write_text(text)
     tune("timesteps=my_sampler.Late", "max_steps_per_epoch=1")
+    (tmp_path / "my_sampler.py").write_text(text.replace("Late(TimestepSampler)", "Late"))
+    done = tune("timesteps=my_sampler.Late", check=False)
+    line = "timesteps: Late is no TimestepSampler: derive it from mdm_plugin.contract"
+    assert done.returncode == 2 and line in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mdm_plugin.contract import Masking, Times, TimestepSampler, Views
+from mdm_plugin.density import Density
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import (
     Bernoulli,
@@ -12,10 +14,9 @@ from mdm_plugin.masking import (
     Mirror,
     Rotation,
     Systematic,
-    Views,
     masking_rate,
 )
-from mdm_plugin.timesteps import Adaptive, Clipped, Density, ParetoOptimal, Stratified, Uniform
+from mdm_plugin.timesteps import Adaptive, Clipped, ParetoOptimal, Stratified, Uniform
 from tests.toy import Toy, row_losses, z_score
 
 GROUPS, SIZE = 16_384, 8  # 131,072 draws
@@ -115,15 +116,15 @@ class SystematicByRate(Systematic):
         return super().__call__(t, u, eligible)._replace(inverse_p=1 / t[None])
 
 
-class TruncatedUniform:
+class TruncatedUniform(TimestepSampler):
     """Wrong: t ~ U(0.1, 1) taken for U(0, 1)."""
 
     def __call__(self, n, generator):
         t = 0.1 + 0.9 * torch.rand(n, generator=generator, dtype=torch.float64)
-        return t, torch.ones_like(t)
+        return Times(t, torch.ones_like(t))
 
 
-class WrongPair:
+class WrongPair(Masking):
     """Wrong: the second mask has rate 1 − p, and the weight of p."""
 
     def __call__(self, t, u, eligible):

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mdm_plugin.loss import MDMLoss
+from mdm_plugin.loss import LinearHead, MDMLoss
 from mdm_plugin.masking import Mirror
 
 R, L, D, V = 5, 9, 8, 13
@@ -35,8 +35,7 @@ def plain(loss, tokens, eligible, mask, inverse_p, importance, hidden, head):
             for i in range(L):
                 if not mask[view, row, i]:
                     continue
-                source = max(i - 1, 0) if loss.shift else i
-                ce = F.cross_entropy(logits[view * R + row, source], tokens[row, i])
+                ce = F.cross_entropy(logits[view * R + row, i], tokens[row, i])
                 weight = importance[row]
                 if loss.weight == "inverse_p":
                     weight = weight * inverse_p[view, row]
@@ -51,11 +50,10 @@ def plain(loss, tokens, eligible, mask, inverse_p, importance, hidden, head):
     return total
 
 
-@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("weight", ["inverse_p", "ones"])
 @pytest.mark.parametrize("normalize", ["response", "tokens", "masked"])
-def test_equals_the_definition_over_full_logits_and_so_does_its_gradient(normalize, weight, shift):
-    loss = MDMLoss(normalize, weight, shift, chunk_size=4)
+def test_equals_the_definition_over_full_logits_and_so_does_its_gradient(normalize, weight):
+    loss = MDMLoss(normalize, weight, chunk_size=4)
     tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
     n = eligible.sum(1)
     results = []
@@ -118,25 +116,18 @@ class Scaled(torch.nn.Module):
         return self.linear(h) * self.scale
 
 
-class Tied:
-    """As torchtune's TiedLinear: no module, and its weight is the embeddings'."""
-
-    def __init__(self, weight):
-        self.tied_module = torch.nn.Embedding(V, D, dtype=torch.float64, _weight=weight.clone())
-
-    def __call__(self, h):
-        return h @ self.tied_module.weight.t()
+def tied(weight):
+    """A head that is the embeddings' matrix."""
+    return LinearHead(weight.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("kind", [Scaled, Tied])
+@pytest.mark.parametrize("kind", [Scaled, tied])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 def test_heads_of_other_kinds_get_the_gradients_of_autograd(kind, scale):
     tokens, eligible, mask, inverse_p, importance, hidden, head = a_batch()
     torch.manual_seed(0)
     other = kind(head.weight.detach())
-    parameters = (
-        list(other.parameters()) if kind is Scaled else [other.tied_module.weight.requires_grad_()]
-    )
+    parameters = list(other.parameters()) if kind is Scaled else [other.weight]
     loss, found = MDMLoss(chunk_size=3), []
     targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
     for ours in (True, False):

@@ -5,18 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
+from mdm_plugin.density import Density, count_weight, uniform_density
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import (
     Adaptive,
     Clipped,
-    Density,
     ParetoOptimal,
     Stratified,
     Uniform,
-    count_weight,
     stratified_uniform,
-    uniform_density,
 )
 
 SAMPLERS = [Uniform(), Stratified()]
@@ -24,7 +22,8 @@ SAMPLERS = [Uniform(), Stratified()]
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_t_is_in_the_unit_interval_with_weight_one(sampler):
-    t, weight = sampler(1000, keyed_generator(0))
+    t, weight, density = sampler(1000, keyed_generator(0))
+    assert density is None and not sampler.weighted
     assert t.shape == weight.shape == (1000,)
     assert t.dtype == weight.dtype == torch.float64
     assert ((t >= 0) & (t < 1)).all()
@@ -34,7 +33,7 @@ def test_t_is_in_the_unit_interval_with_weight_one(sampler):
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
 def test_stratified_has_exactly_one_draw_per_stratum(n):
     for seed in range(20):
-        t, _ = Stratified()(n, keyed_generator(seed))
+        t = Stratified()(n, keyed_generator(seed)).t
         assert sorted((t * n).long().tolist()) == list(range(n))
 
 
@@ -131,26 +130,18 @@ def test_one_t_per_stratum_of_the_global_batch_for_any_split(sampler, ranks, acc
     t = []
     for rank in range(ranks):
         batches = GlobalBatches(
-            rows,
-            batch_size=per_rank,
-            ranks=ranks,
-            rank=rank,
-            accumulation=accumulation,
-            seed=0,
-            pad_id=0,
+            rows, Split(per_rank, ranks, rank, accumulation), Padding(0), seed=0
         )
-        drawn, _ = sampler(batches.size, keyed_generator(0, "t", 3))
+        drawn, _, density = sampler(batches.size, keyed_generator(0, "t", 3))
         t += [drawn[batch.places] for batch in batches.micro_batches(3)]
     t = torch.cat(t)
-    if isinstance(sampler, Clipped):
-        u = (t - 0.2) / 0.5
-    else:
-        u = (getattr(sampler, "density", None) or uniform_density()).cdf(t)
+    clipped = isinstance(sampler, Clipped)
+    u = (t - 0.2) / 0.5 if clipped else (density or uniform_density()).cdf(t)
     assert sorted((u * 16).long().tolist()) == list(range(16))
 
 
 def test_pareto_optimal_weights_are_bounded_and_it_wants_a_density_first():
-    t, weight = fitted((1e6, 1, 1, 1))(1000, keyed_generator(0))
+    t, weight, _ = fitted((1e6, 1, 1, 1))(1000, keyed_generator(0))
     assert torch.allclose(weight, 1 / fitted((1e6, 1, 1, 1)).density(t))
     assert weight.max() <= 20
     with pytest.raises(RuntimeError, match="probe first"):
@@ -169,7 +160,7 @@ def test_states_come_back():
 def test_adaptive_finds_the_root_of_the_second_moment():
     sampler = Adaptive(bins=10, decay=0.9, mix=0.01, warmup_rows=5)
     for step in range(100):
-        t, weight = sampler(64, keyed_generator(step))
+        t, weight, _ = sampler(64, keyed_generator(step))
         assert step > 0 or (weight == 1).all()
         sampler.update(sampler.tally(t, 3 * t))
     middle = torch.tensor([0.25, 0.75], dtype=torch.float64)

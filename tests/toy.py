@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from mdm_plugin.timesteps import count_weight
+from mdm_plugin.contract import Estimator, Times
+from mdm_plugin.data.batches import Batch
+from mdm_plugin.training.step import corrupt
 
 
 class Toy:
@@ -48,20 +50,22 @@ def row_losses(
     toy: Toy, sampler, masking, loss, *, groups: int, size: int, seed: int = 0
 ) -> Tensor:
     """The row losses of ``groups`` global batches of ``size`` copies of the toy's row, as
-    training computes them: sampler → masking → MDMLoss's weights. [groups, size], fp64."""
+    training computes them: a draw of t, and ``corrupt``. [groups, size], fp64."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [sampler(size, generator) for _ in range(groups)]
-    t, importance = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn])
+    times = Times(
+        torch.cat([x.t for x in drawn]), torch.cat([x.weight for x in drawn]), drawn[0].density
+    )
     rows = groups * size
     u = torch.rand(rows, toy.n, generator=generator, dtype=torch.float64)
     eligible = torch.ones(rows, toy.n, dtype=torch.bool)
-    mask, inverse_p, _ = masking(t, u, eligible)
-    if getattr(masking, "by_count", False) and getattr(sampler, "density", None) is not None:
-        importance = count_weight(sampler.density, t, eligible.sum(1))
     tokens = torch.arange(toy.n).repeat(rows, 1)  # the label of a position is its index
-    targets = loss.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
-    code = toy.codes(mask).reshape(-1)
-    ce = toy.ce[code[targets.rows], targets.labels]
+    batch = Batch(tokens, eligible, None, u, torch.arange(rows))
+    found = corrupt(batch, times, Estimator(sampler, masking, loss, mask_id=-1))
+    targets = found.targets
+    mask = torch.zeros(len(found.noisy), toy.n, dtype=torch.bool)
+    mask.view(-1)[targets.positions] = True
+    ce = toy.ce[toy.codes(mask)[targets.rows], targets.labels]
     result = torch.zeros(rows, dtype=torch.float64)
     result.index_add_(0, targets.rows % rows, targets.weights.double() * ce)
     return result.reshape(groups, size)

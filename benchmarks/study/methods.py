@@ -40,12 +40,7 @@ def _mask(name: str) -> tuple[str, ...]:
 
 _PARETO = _sampler("ParetoOptimal", "timesteps.grid=20")
 _EMA = ("ema._component_=mdm_plugin.training.EMA", "ema.decay=0.99")
-CAUSAL = (
-    "model.causal=True",
-    "loss.shift=True",
-    *_sampler("Uniform"),
-    *_mask("NextToken"),
-)
+CAUSAL = ("model.causal=True", *_sampler("Uniform"), *_mask("NextToken"))
 
 METHODS = {
     "standard": Method("Standard", "one view", 32, 1, ()),

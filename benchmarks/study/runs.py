@@ -35,17 +35,20 @@ from benchmarks.study.methods import (
     overrides,
 )
 from benchmarks.study.tasks import LONGEST
+from mdm_plugin.checkpoint.checkpointer import Checkpointer
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import load_config
 from mdm_plugin.config.options import Options
-from mdm_plugin.data import GlobalBatches, chat_dataset
+from mdm_plugin.contract import Estimator
+from mdm_plugin.data import GlobalBatches, Padding, Split, chat_dataset
 from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import NextToken
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training.batches import global_batches
-from mdm_plugin.training.step import backward, draw, forward_loss, global_normalizer
+from mdm_plugin.training.checks import read_estimator
+from mdm_plugin.training.step import backward, corrupted_step, forward_loss, global_normalizer
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
@@ -169,7 +172,7 @@ def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> N
             f"max_new_tokens={LONGEST[run.task]}",
         ]
         if causal:  # left to right; its likelihood is no bound
-            asked += ["model.causal=True", "decoding.shift=True", "decoding.block_length=1"]
+            asked += ["model.causal=True", "decoding.block_length=1"]
             asked += ["tasks=[exact_match]", "dataset=null"]
         _recipe("mdm_eval", CONFIGS / "evaluate.yaml", asked)
         answers = sorted(
@@ -243,10 +246,11 @@ def autoregressive_nats(config: DictConfig, checkpoint: Path, source: Path) -> f
     Weights(checkpoint).load(model)
     rows = chat_dataset(tokenizer, source=str(source))
     batches = GlobalBatches(
-        rows, batch_size=len(rows), seed=0, pad_id=tokenizer.pad_id, shuffle=False
+        rows, Split(len(rows)), Padding(tokenizer.pad_id), seed=0, shuffle=False
     )
-    loss = MDMLoss(normalize="tokens", shift=True)
-    (batch,), _ = draw(batches, 0, Uniform(), NextToken(), loss, tokenizer.mask_id)
+    loss = MDMLoss(normalize="tokens")
+    estimator = Estimator(Uniform(), NextToken(), loss, tokenizer.mask_id)
+    (batch,) = corrupted_step(batches, 0, estimator)
     with torch.no_grad():
         total, _ = forward_loss(model.eval(), loss, batch)
     return float(total / batch.normalizer)
@@ -262,16 +266,15 @@ def gradient_noise(config: DictConfig, checkpoint: Path, batches: int = 32) -> d
     world = World(0, 1, torch.device("cpu"), None)
     tokenizer, model = instantiate(config, "tokenizer"), instantiate(config, "model")
     Weights(checkpoint).load(model)
-    rows, loss = instantiate(config, "dataset", tokenizer), instantiate(config, "loss")
-    timesteps, masking = instantiate(config, "timesteps"), instantiate(config, "masking")
-    state = json.loads((checkpoint / "state.json").read_text())
-    if hasattr(timesteps, "load_state_dict"):
-        timesteps.load_state_dict(state["timesteps"])
+    rows = instantiate(config, "dataset", tokenizer)
+    estimator = read_estimator(config, tokenizer.mask_id)
+    state = Checkpointer.load_state(checkpoint)
+    estimator.timesteps.load_state_dict(state["parts"]["timesteps"]["state"])
     own = global_batches(config, rows, tokenizer, world, 1)
     found = []
     for step in range(state["step"], state["step"] + batches):
-        (batch,), _ = draw(own, step, timesteps, masking, loss, tokenizer.mask_id)
-        backward(model, loss, batch, global_normalizer([batch], world), world)
+        (batch,) = corrupted_step(own, step, estimator)
+        backward(model, estimator.loss, batch, global_normalizer([batch], world), world)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
     gradients = torch.stack(found).double()

@@ -64,8 +64,8 @@ class Run(NamedTuple):
     def load_state(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
         """Fill the parts whose states are in ``stored``, which ``state`` gave."""
         for name, part in self.parts.items():
-            if name != OPTIMIZER and not isinstance(part, Average):
-                part.load_state_dict(stored[name]["state"])
+            if name in stored and (state := stored[name]["state"]):
+                part.load_state_dict(state)
 
 
 class OptimizerState(Stateful):

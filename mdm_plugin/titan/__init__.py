@@ -3,6 +3,8 @@
     torchrun … -m torchtitan.train --module mdm_plugin.titan.llada --config llada_8b_sft …
 
 Needs ``pip install 'mdm-plugin[titan]'``. Only this package knows torchtitan.
+
+May import: everything.
 """
 
 import importlib.util

@@ -1,13 +1,17 @@
+import gc
 import os
+import weakref
+from functools import partial
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from mdm_plugin.checkpoint.parts import OptimizerState, Run, ScheduleState, check_states
 from mdm_plugin.distributed.parameters import initialize_parameters
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.training import Checkpointer
+from mdm_plugin.training import EMA, Checkpointer
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -21,9 +25,14 @@ def trained(tiny_model):
     return tiny_model, optimizer
 
 
+def a_run(model, own, **parts):
+    """A run of an optimizer and other parts."""
+    parts = {"optimizer": OptimizerState(model, own), **parts}
+    return Run(ALONE, model, NoTokenizer(), OmegaConf.create({"a": 1}), parts)
+
+
 def save(checkpointer, trained, step):
-    cfg = OmegaConf.create({"a": 1})
-    return checkpointer.save(ALONE, *trained, step, {"seed": 1}, cfg, NoTokenizer())
+    return checkpointer.save(a_run(*trained), step, {"seed": 1})
 
 
 class NoTokenizer:
@@ -44,12 +53,94 @@ def test_weights_optimizer_and_state_come_back_exactly(trained, tmp_path):
         p.data.zero_()
         optimizer.state[p]["exp_avg"].zero_()
     checkpointer.load_weights(model, checkpoint=path)
-    checkpointer.load_optimizer(ALONE, path, model, optimizer)
+    state = checkpointer.load_state(path)
+    checkpointer.load(a_run(model, optimizer), path, state)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     for p, moment in zip(model.parameters(), moments, strict=True):
         assert torch.equal(optimizer.state[p]["exp_avg"], moment)
     assert optimizer.param_groups[0]["lr"] == 1e-2
-    assert checkpointer.load_state(path) == {"seed": 1, "step": 3}
+    assert (state["seed"], state["step"], set(state["parts"])) == (1, 3, {"optimizer"})
+
+
+class Counter:
+    """A user's own part."""
+
+    def __init__(self, count=0):
+        self.count = count
+
+    def state_dict(self):
+        return {"count": self.count} if self.count is not None else {}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+class Other(Counter):
+    pass
+
+
+def test_parts_come_back_and_what_is_missing_or_of_another_kind_is_one_line(trained, tmp_path):
+    model, optimizer = trained
+    average = EMA(model, 0.5)
+    average.update(3)
+    expected = [x.clone() for x in average.average]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    schedule.step()
+    parts = {"timesteps": Counter(5), "lr_scheduler": ScheduleState(schedule), "ema": average}
+    checkpointer = Checkpointer(str(tmp_path))
+    path = checkpointer.save(a_run(model, optimizer, **parts), 1, {})
+    state = checkpointer.load_state(path)
+    before = schedule.state_dict()["last_epoch"]
+    schedule.step()
+    found = {**parts, "timesteps": Counter(), "ema": EMA(model, 0.5)}
+    checkpointer.load(a_run(model, optimizer, **found), path, state)
+    assert found["timesteps"].count == 5 and schedule.last_epoch == before == 1
+    for own, truth in zip(found["ema"].average, expected, strict=True):
+        assert torch.equal(own, truth)
+    for change, words in (
+        ({"timesteps": Other(1)}, "timesteps: .* with Counter, and the config has Other"),
+        ({"timesteps": None}, "timesteps: .* with Counter, and the config has none"),
+        ({"more": Counter(1)}, "more: .* with none, and the config has Counter"),
+        ({"lr_scheduler": None}, "lr_scheduler: .* with LambdaLR, and the config has none"),
+        ({"ema": None}, "ema: .* with EMA, and the config has none"),
+    ):
+        changed = {k: x for k, x in {**parts, **change}.items() if x is not None}
+        with pytest.raises(UserError, match=words):
+            checkpointer.load(a_run(model, optimizer, **changed), path, state)
+    with pytest.raises(UserError, match=r"optimizer: .* with AdamW, and the config has SGD"):
+        checkpointer.load(a_run(model, torch.optim.SGD(model.parameters()), **parts), path, state)
+    # Parts without a state may come and go.
+    checkpointer.load(a_run(model, optimizer, **parts, more=Counter(None)), path, state)
+
+
+def test_a_state_that_json_cannot_hold_is_said_before_training():
+    with pytest.raises(UserError, match="timesteps: the state_dict of Counter goes to a JSON file"):
+        check_states({"timesteps": Counter(torch.ones(3))})
+
+
+def test_a_checkpoint_of_an_earlier_version_is_one_line(trained, tmp_path):
+    path = save(Checkpointer(str(tmp_path)), trained, 1)
+    (path / "state.json").write_text('{"seed": 1, "step": 1}')
+    with pytest.raises(UserError, match="an earlier version: start a new run"):
+        Checkpointer.load_state(path)
+
+
+def test_saving_holds_the_tensors_of_one_file_at_a_time(trained, tmp_path, monkeypatch):
+    """Rank 0 never holds more than the largest file, while the next is gathered."""
+    alive = []
+
+    def files(self, run, directory):
+        for _ in range(3):
+            gc.collect()
+            assert not any(ref() is not None for ref in alive)
+            tensor = torch.ones(4)
+            alive.append(weakref.ref(tensor))
+            yield partial(torch.sum, tensor)
+            del tensor
+
+    monkeypatch.setattr(Checkpointer, "_model_files", files)
+    save(Checkpointer(str(tmp_path)), trained, 1)
+    assert len(alive) == 3
 
 
 class Killed(BaseException):

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from mdm_plugin.checkpoint.export import export
+from mdm_plugin.checkpoint.parts import OptimizerState, Run
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
@@ -35,7 +36,8 @@ def step(tmp_path):
     model = llada(**SHAPE).eval()
     optimizer = torch.optim.AdamW(model.parameters())
     cfg = OmegaConf.create({"model": {"_component_": "mdm_plugin.models.llada", **SHAPE}})
-    path = Checkpointer(str(tmp_path)).save(ALONE, model, optimizer, 3, {}, cfg, Tokenizer())
+    run = Run(ALONE, model, Tokenizer(), cfg, {"optimizer": OptimizerState(model, optimizer)})
+    path = Checkpointer(str(tmp_path)).save(run, 3, {})
     return path, model
 
 
@@ -64,9 +66,9 @@ def test_as_llada_it_comes_back_bit_equal_and_goes_out_again(step, tmp_path):
         assert torch.equal(a, b)
     # A run from it writes such a checkpoint itself; exporting that copies it.
     checkpointer = Checkpointer(str(tmp_path / "next"), str(tmp_path / "out"))
-    optimizer = torch.optim.AdamW(again.parameters())
-    cfg = OmegaConf.create({})
-    second = checkpointer.save(ALONE, again, optimizer, 1, {}, cfg, Tokenizer())
+    optimizer = OptimizerState(again, torch.optim.AdamW(again.parameters()))
+    run = Run(ALONE, again, Tokenizer(), OmegaConf.create({}), {"optimizer": optimizer})
+    second = checkpointer.save(run, 1, {})
     export(second, tmp_path / "copied")
     one, two = (load_file(tmp_path / x / "model.safetensors") for x in ("out", "copied"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)

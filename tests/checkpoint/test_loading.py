@@ -101,8 +101,9 @@ from pathlib import Path
 import psutil, torch
 from mdm_plugin.models import llada
 from mdm_plugin.models.naming import FAMILIES
-from mdm_plugin.training.distributed import build_model, distributed
-from mdm_plugin.training.weights import Weights
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.world import distributed
+from mdm_plugin.checkpoint.weights import Weights
 
 process, peak = psutil.Process(), 0
 def watch():
@@ -117,7 +118,7 @@ with distributed("cpu") as world:
     memory = process.memory_info()
     before = memory.rss - memory.shared
     threading.Thread(target=watch, daemon=True).start()
-    model = build_model(lambda: llada(8000, 8, 8, 1024, 64, 4096), world, dtype=torch.float32)
+    model = build_model(lambda: llada(8000, 8, 8, 1024, 64, 4096), world, torch.float32)
     Weights(Path(sys.argv[1])).load(model)
     time.sleep(0.1)
     print(f"RANK{world.rank} PEAK {peak - before}", flush=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
 from mdm_plugin.errors import UserError
 
 PAD, EOS = 98, 99
@@ -12,19 +12,16 @@ def make_rows(n=40):
     return Rows(([i] + [50] * (1 + i % 7), [False] + [True] * (1 + i % 7)) for i in range(n))
 
 
-def by_place(step, rows, ranks, accumulation, **options):
+def by_place(step, rows, ranks, accumulation, eos_id=None, layout="padded"):
     """Every row of a global batch by its place: its tokens, eligible and noise, unpadded."""
     found = {}
     for rank in range(ranks):
         batches = GlobalBatches(
             rows,
-            batch_size=8 // ranks // accumulation,
-            ranks=ranks,
-            rank=rank,
-            accumulation=accumulation,
+            Split(8 // ranks // accumulation, ranks, rank, accumulation),
+            Padding(PAD, eos_id),
             seed=3,
-            pad_id=PAD,
-            **options,
+            layout=layout,
         )
         for batch in batches.micro_batches(step):
             for i, place in enumerate(batch.places.tolist()):
@@ -35,15 +32,13 @@ def by_place(step, rows, ranks, accumulation, **options):
     return found
 
 
-@pytest.mark.parametrize("eos_padding_id", [None, EOS])
+@pytest.mark.parametrize("eos_id", [None, EOS])
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1), (1, 8)])
-def test_rows_and_noise_do_not_depend_on_ranks_and_accumulation(
-    ranks, accumulation, eos_padding_id
-):
+def test_rows_and_noise_do_not_depend_on_ranks_and_accumulation(ranks, accumulation, eos_id):
     rows = make_rows()
     for step in (0, 3, 7):
-        split = by_place(step, rows, ranks, accumulation, eos_padding_id=eos_padding_id)
-        assert split == by_place(step, rows, 1, 1, eos_padding_id=eos_padding_id)
+        split = by_place(step, rows, ranks, accumulation, eos_id=eos_id)
+        assert split == by_place(step, rows, 1, 1, eos_id=eos_id)
 
 
 @pytest.mark.parametrize("layout", ["grouped", "packed"])
@@ -64,14 +59,7 @@ def test_grouped_rows_have_less_padding_and_packed_ones_are_as_many_tokens_each(
     for layout in ("padded", "grouped", "packed"):
         shares = [
             GlobalBatches(
-                rows,
-                batch_size=8,
-                ranks=2,
-                rank=rank,
-                accumulation=4,
-                seed=0,
-                pad_id=PAD,
-                layout=layout,
+                rows, Split(8, 2, rank, 4), Padding(PAD), seed=0, layout=layout
             ).micro_batches(0)
             for rank in range(2)
         ]
@@ -83,7 +71,7 @@ def test_grouped_rows_have_less_padding_and_packed_ones_are_as_many_tokens_each(
 
 
 def test_an_epoch_visits_each_row_at_most_once_in_an_order_of_its_own():
-    batches = GlobalBatches(make_rows(), batch_size=6, seed=0, pad_id=PAD)
+    batches = GlobalBatches(make_rows(), Split(6), Padding(PAD), seed=0)
     assert batches.steps_per_epoch == 6
     epochs = [
         torch.cat([batches.row_indices(e * 6 + i) for i in range(6)]).tolist() for e in range(2)
@@ -93,8 +81,8 @@ def test_an_epoch_visits_each_row_at_most_once_in_an_order_of_its_own():
 
 
 def test_a_step_does_not_depend_on_the_steps_before_it():
-    one = GlobalBatches(make_rows(), batch_size=8, seed=0, pad_id=PAD)
-    other = GlobalBatches(make_rows(), batch_size=8, seed=0, pad_id=PAD)
+    one = GlobalBatches(make_rows(), Split(8), Padding(PAD), seed=0)
+    other = GlobalBatches(make_rows(), Split(8), Padding(PAD), seed=0)
     for step in range(9):
         other.micro_batches(step)
     assert torch.equal(one.micro_batches(9)[0].tokens, other.micro_batches(9)[0].tokens)
@@ -102,12 +90,12 @@ def test_a_step_does_not_depend_on_the_steps_before_it():
 
 
 def test_without_shuffle_rows_come_in_their_own_order():
-    batches = GlobalBatches(make_rows(), batch_size=8, seed=0, pad_id=PAD, shuffle=False)
+    batches = GlobalBatches(make_rows(), Split(8), Padding(PAD), seed=0, shuffle=False)
     assert batches.row_indices(1).tolist() == list(range(8, 16))
 
 
 def test_padding_is_neither_attended_to_nor_eligible():
-    batch = GlobalBatches(make_rows(), batch_size=8, seed=0, pad_id=PAD).micro_batches(0)[0]
+    batch = GlobalBatches(make_rows(), Split(8), Padding(PAD), seed=0).micro_batches(0)[0]
     padding = batch.tokens == PAD
     assert padding.any()
     assert not batch.eligible[padding].any()
@@ -118,33 +106,32 @@ def test_eos_padding_is_response_to_the_longest_of_the_global_batch():
     rows = make_rows()
     lengths = set()
     for rank in range(2):
-        batches = GlobalBatches(
-            rows, batch_size=4, ranks=2, rank=rank, seed=0, pad_id=PAD, eos_padding_id=EOS
-        )
+        batches = GlobalBatches(rows, Split(4, 2, rank), Padding(PAD, EOS), seed=0)
         batch = batches.micro_batches(0)[0]
         assert batch.attend is None
         assert batch.eligible[batch.tokens == EOS].all()
         assert not batch.eligible[:, 0].any()
         lengths.add(batch.tokens.shape[1])
-    assert lengths == {int(rows.lengths[batches.row_indices(0)].max())}
+    assert lengths == {int(rows.lengths_of(batches.row_indices(0)).max())}
 
 
 def test_pad_to_multiple_of_stays_within_max_len():
     rows = make_rows()
-    shape = {"batch_size": 8, "seed": 0, "pad_id": PAD, "pad_to_multiple_of": 16}
-    assert GlobalBatches(rows, **shape).micro_batches(0)[0].tokens.shape[1] == 16
-    assert GlobalBatches(rows, **shape, max_len=10).micro_batches(0)[0].tokens.shape[1] == 10
+    for max_len, length in ((None, 16), (10, 10)):
+        padding = Padding(PAD, multiple=16, max_len=max_len)
+        batches = GlobalBatches(rows, Split(8), padding, seed=0)
+        assert batches.micro_batches(0)[0].tokens.shape[1] == length
 
 
 def test_too_few_rows_for_a_global_batch_is_said():
     with pytest.raises(UserError, match="40 rows do not fill one global batch of 64"):
-        GlobalBatches(make_rows(), batch_size=16, ranks=2, accumulation=2, seed=0, pad_id=PAD)
+        GlobalBatches(make_rows(), Split(16, 2, accumulation=2), Padding(PAD), seed=0)
 
 
 def test_fingerprint_tells_data_apart():
-    assert make_rows().fingerprint() == make_rows().fingerprint()
-    assert make_rows().fingerprint() != make_rows(39).fingerprint()
+    assert make_rows().facts.fingerprint == make_rows().facts.fingerprint
+    assert make_rows().facts.fingerprint != make_rows(39).facts.fingerprint
     assert (
-        Rows([([1, 2], [False, True])]).fingerprint()
-        != Rows([([1, 2], [True, True])]).fingerprint()
+        Rows([([1, 2], [False, True])]).facts.fingerprint
+        != Rows([([1, 2], [True, True])]).facts.fingerprint
     )

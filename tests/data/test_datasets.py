@@ -92,7 +92,7 @@ def test_json_parquet_and_saved_datasets_give_the_rows_of_jsonl(tokenizer, write
     saved.save_to_disk(str(tmp_path / "saved"))
     jsonl = write_jsonl(*rows)
     prints = {
-        chat_dataset(tokenizer, **arguments).fingerprint()
+        chat_dataset(tokenizer, **arguments).facts.fingerprint
         for arguments in (
             {"source": jsonl},
             {"source": "json", "data_files": jsonl},
@@ -127,7 +127,7 @@ def test_a_bad_row_is_named_with_file_and_line_or_skipped_and_counted(
         chat_dataset(tokenizer, source=source)
     data = chat_dataset(tokenizer, source=source, on_bad_row="skip")
     assert len(data) == 2
-    assert data.report.startswith("skipped 1 of 3 rows")
+    assert data.facts.report.startswith("skipped 1 of 3 rows")
 
 
 def test_invalid_utf8_is_named_with_file_and_line(tokenizer, tmp_path):
@@ -143,7 +143,7 @@ def test_truncation_says_how_much_it_cut(data_dir, write_jsonl):
     n = len(chat_dataset(whole, source=write_jsonl(long))[0].tokens)
     short = ChatTokenizer(str(data_dir), max_seq_len=n - 3)
     data = chat_dataset(short, source=write_jsonl(long, GOOD, name="two.jsonl"))
-    assert data.report == f"cut 1 of 2 rows to {n - 3} tokens: 3 tokens are lost"
+    assert data.facts.report == f"cut 1 of 2 rows to {n - 3} tokens: 3 tokens are lost"
     assert len(data[0].tokens) == n - 3
     # A cut answer has not ended: no EOS is put in its place.
     assert data[0].tokens[-1] != short.eos_id
@@ -183,6 +183,6 @@ def test_packed_text_fills_every_row_and_loses_no_token(tokenizer, data_dir, wri
     assert flat[0] == flat[1]
     lengths = [len(r.tokens) for r in packed]
     assert set(lengths[:-1]) == {7} and 0 < lengths[-1] <= 7
-    assert all(r.eligible.all() for r in packed) and not packed.report
+    assert all(r.eligible.all() for r in packed) and not packed.facts.report
     with pytest.raises(UserError, match=r"set tokenizer\.max_seq_len"):
         text_dataset(tokenizer, source=source, packed=True)

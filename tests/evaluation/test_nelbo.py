@@ -8,14 +8,25 @@ import torch.nn.functional as F
 
 from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt
-from mdm_plugin.evaluation import ExactMatch, exact_match, nelbo
-from mdm_plugin.evaluation.nelbo import bounds
+from mdm_plugin.distributed.world import World
+from mdm_plugin.evaluation import BoundEstimator, ExactMatch, exact_match
+from mdm_plugin.generation import TokenIds
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import FixedCount
 from mdm_plugin.models import llada
 
 MASK, PAD = 319, 0
 CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU, None)
+
+
+def nelbo(model, rows, batch_size=64, world=ALONE, **given):
+    return BoundEstimator(TokenIds(MASK, PAD), world, batch_size, **given).nelbo(model, rows)
+
+
+def bounds(model, rows, world=ALONE, **given):
+    estimator = BoundEstimator(TokenIds(MASK, PAD), world, batch_size=8, **given)
+    return estimator.bounds(model, rows, torch.arange(len(rows)))
 
 
 def exact_nelbo(model, tokens, eligible):
@@ -51,7 +62,7 @@ def test_nelbo_is_the_exact_one_within_its_error(tiny_model, rows):
     with torch.no_grad():
         tiny_model.output.weight.mul_(20)  # far from uniform predictions: draws differ
     truth = sum(exact_nelbo(tiny_model, rows[i].tokens, rows[i].eligible) for i in range(2)) / 8
-    arguments = {"mask_id": MASK, "pad_id": PAD, "batch_size": 64, "device": CPU, "draws": 20}
+    arguments = {"batch_size": 64, "draws": 20}
     estimates = torch.tensor(
         [nelbo(tiny_model, rows, seed=seed, **arguments).nats for seed in range(60)]
     )
@@ -68,7 +79,7 @@ def test_its_error_is_that_of_other_seeds_and_its_interval_covers_the_truth(tiny
     tokens = torch.randint(1, 300, (40, 6), generator=generator)
     rows = Rows((x.tolist(), [False] * 2 + [True] * 4) for x in tokens)
     truth = sum(exact_nelbo(tiny_model, rows[i].tokens, rows[i].eligible) for i in range(40)) / 160
-    arguments = {"mask_id": MASK, "pad_id": PAD, "batch_size": 256, "device": CPU, "draws": 8}
+    arguments = {"batch_size": 256, "draws": 8}
     found = [nelbo(tiny_model, rows, seed=seed, **arguments) for seed in range(100)]
     actual = float(torch.tensor([x.nats for x in found]).std())
     stated = sum(x.error for x in found) / 100
@@ -79,26 +90,25 @@ def test_its_error_is_that_of_other_seeds_and_its_interval_covers_the_truth(tiny
 
 
 def test_no_draws_are_refused_and_one_has_no_error(tiny_model, rows):
-    arguments = {"mask_id": MASK, "pad_id": PAD, "batch_size": 4, "device": CPU}
+    arguments = {"batch_size": 4}
     with pytest.raises(ValueError, match="draws is 0"):
         nelbo(tiny_model, rows, draws=0, **arguments)
     assert math.isnan(nelbo(tiny_model, rows, draws=1, **arguments).error)
 
 
 def test_nelbo_does_not_depend_on_the_batch_or_on_the_ranks(tiny_model, rows):
-    arguments = {"mask_id": MASK, "pad_id": PAD, "device": CPU, "draws": 6}
+    arguments = {"draws": 6}
     whole = nelbo(tiny_model, rows, batch_size=16, **arguments).nats
     assert nelbo(tiny_model, rows, batch_size=3, **arguments).nats == pytest.approx(whole, rel=1e-6)
     assert nelbo(tiny_model, rows, batch_size=1, **arguments).nats == pytest.approx(whole, rel=1e-6)
 
 
 def test_shares_of_more_ranks_than_rows_sum_to_the_whole(tiny_model, rows, monkeypatch):
-    arguments = {"mask_id": MASK, "pad_id": PAD, "device": CPU, "draws": 4, "batch_size": 8}
-    whole = bounds(tiny_model, rows, torch.arange(2), **arguments)
+    whole = bounds(tiny_model, rows, draws=4)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group=None: None)
     for ranks in (2, 5):
         shares = [
-            bounds(tiny_model, rows, torch.arange(2), rank=rank, ranks=ranks, **arguments)
+            bounds(tiny_model, rows, World(rank, ranks, CPU, None), draws=4)
             for rank in range(ranks)
         ]
         for name in ("nats", "variance"):
@@ -108,7 +118,7 @@ def test_shares_of_more_ranks_than_rows_sum_to_the_whole(tiny_model, rows, monke
 
 def test_nelbo_of_a_uniform_model_is_log_vocabulary(tiny_model, rows):
     torch.nn.init.zeros_(tiny_model.output.weight)
-    result = nelbo(tiny_model, rows, mask_id=MASK, pad_id=PAD, batch_size=4, device=CPU, draws=4)
+    result = nelbo(tiny_model, rows, batch_size=4, draws=4)
     assert result.nats == pytest.approx(torch.log(torch.tensor(320.0)).item(), rel=1e-5)
     assert (result.rows, result.tokens) == (2, 8)
 
@@ -168,16 +178,8 @@ def test_the_bound_of_a_trained_model_is_above_the_entropy_of_its_source():
 
     held_out = chain(2000, -1)
     rows = Rows((x.tolist(), [True] * places) for x in held_out)
-    bound = bounds(
-        model.eval(),
-        rows,
-        torch.arange(2000),
-        mask_id=1,
-        pad_id=0,
-        batch_size=2048,
-        device=CPU,
-        draws=8,
-    )
+    estimator = BoundEstimator(TokenIds(1, 0), ALONE, batch_size=2048, draws=8)
+    bound = estimator.bounds(model.eval(), rows, torch.arange(2000))
     entropy = math.log(2) - (places - 1) * (stay * math.log(stay) + 0.1 * math.log(0.1))
     excess = bound.nats - information(held_out)
     error = float(excess.std()) / 2000**0.5

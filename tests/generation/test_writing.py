@@ -5,11 +5,19 @@ import math
 import pytest
 import torch
 
-from mdm_plugin.generation import Decoding, Remasking, Stable, Threshold, generate, infill
+from mdm_plugin.generation import (
+    Decoding,
+    Remasking,
+    Stable,
+    Threshold,
+    TokenIds,
+    generate,
+    infill,
+)
 from mdm_plugin.models import dream, llada
 
 MASK, PAD, EOS = 95, 94, 93
-IDS = {"mask_id": MASK, "pad_id": PAD}
+IDS = TokenIds(MASK, PAD)
 SHAPE = {"vocab_size": 96, "num_layers": 2, "embed_dim": 32, "intermediate_dim": 64}
 
 
@@ -136,8 +144,9 @@ def klass_loop(model, prompt, n, threshold, kl_threshold, history):
     return x[len(prompt) :].tolist()
 
 
-def written(model, prompts, n, decoding, **arguments):
-    return generate(model, prompts, decoding, max_new_tokens=n, **IDS, **arguments).tokens.tolist()
+def written(model, prompts, n, decoding, special=IDS, **arguments):
+    found = generate(model, prompts, decoding, max_new_tokens=n, special=special, **arguments)
+    return found.tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,7 @@ def test_low_confidence_remasking_is_llada_s_loop(model, prompts, n, steps, bloc
 @pytest.mark.parametrize("order", ["entropy", "margin", "maskgit_plus"])
 @pytest.mark.parametrize(("n", "steps"), [(10, 10), (10, 4)])
 def test_the_other_orders_are_dream_s_loop(shifted, prompts, order, n, steps):
-    decoding = Decoding(steps=steps, sampler=Remasking(order, "linear"), shift=True)
+    decoding = Decoding(steps=steps, sampler=Remasking(order, "linear"))
     expected = [dream_loop(shifted, p, n, steps, order) for p in prompts]
     assert written(shifted, prompts, n, decoding) == expected
 
@@ -178,7 +187,7 @@ def test_stability_is_klass_s_loop(model, prompts, threshold, kl, history):
     decoding = Decoding(sampler=Stable(threshold, kl, history))
     expected = [klass_loop(model, p, 10, threshold, kl, history) for p in prompts]
     assert written(model, prompts, 10, decoding) == expected
-    forwards = generate(model, prompts[:1], decoding, max_new_tokens=10, **IDS).forwards
+    forwards = generate(model, prompts[:1], decoding, max_new_tokens=10, special=IDS).forwards
     assert forwards < 10  # more than one at a time did qualify
 
 
@@ -212,8 +221,8 @@ def test_temperature_draws_from_the_filtered_softmax(model):
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("cfg", [0.0, 1.0])
 def test_a_cache_that_is_renewed_at_each_step_is_exact(model, shifted, prompts, cache, cfg):
-    for m, shift in ((model, False), (shifted, True)):
-        plain = {"block_length": 4, "shift": shift, "cfg_scale": cfg}
+    for m in (model, shifted):
+        plain = {"block_length": 4, "cfg_scale": cfg}
         expected = written(m, prompts, 12, Decoding(**plain))
         assert written(m, prompts, 12, Decoding(**plain, cache=cache, refresh_every=1)) == expected
     assert all(layer.attn.kv_cache is None for layer in model.layers)
@@ -240,14 +249,14 @@ def test_a_cached_step_is_one_of_a_row_whose_other_positions_stood_still(
     """The block's second step; truth: keys and values outside the window as they were."""
     m = shifted if shift else model
     sampler, prompt = Third(), torch.arange(7)
-    decoding = Decoding(block_length=4, cache=cache, shift=bool(shift), sampler=sampler)
+    decoding = Decoding(block_length=4, cache=cache, sampler=sampler)
 
     def stop_after_two(response):
         if len(sampler.seen) == 2:
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        generate(m, [prompt], decoding, max_new_tokens=8, on_step=stop_after_two, **IDS)
+        generate(m, [prompt], decoding, max_new_tokens=8, on_step=stop_after_two, special=IDS)
     before = torch.cat((prompt, torch.full((8,), MASK)))
     after = before.clone()
     after[9] = sampler.seen[0][2].argmax()
@@ -270,9 +279,11 @@ def frozen_outside(model, before, after, window):
 
 def test_eos_ends_a_row_early_with_the_same_text(model, prompts):
     decoding = Decoding(block_length=4)
-    plain = generate(model, prompts, decoding, max_new_tokens=16, **IDS)
+    plain = generate(model, prompts, decoding, max_new_tokens=16, special=IDS)
     common = plain.tokens.flatten().mode().values.item()  # a token that is written often
-    ended = generate(model, prompts, decoding, max_new_tokens=16, eos_id=common, **IDS)
+    ended = generate(
+        model, prompts, decoding, max_new_tokens=16, special=IDS._replace(eos_id=common)
+    )
     assert ended.forwards <= plain.forwards
     some = 0
     for a, b in zip(plain.tokens.tolist(), ended.tokens.tolist(), strict=True):
@@ -287,7 +298,7 @@ def test_eos_ends_a_row_early_with_the_same_text(model, prompts):
 
 def test_eos_last_is_llada_s_option(model, prompts):
     decoding = Decoding(steps=6, eos_last=True)
-    mine = written(model, prompts, 12, decoding, eos_id=EOS)
+    mine = written(model, prompts, 12, decoding, IDS._replace(eos_id=EOS))
     for row, prompt in zip(mine, prompts, strict=True):
         expected = llada_loop(model, prompt, 12, 6, eos_last=True)
         if EOS in expected:
@@ -303,7 +314,7 @@ def test_infilling_fills_the_masks_of_each_row_and_nothing_else(model):
         row = torch.randint(90, (n,), generator=generator)
         row[torch.randperm(n, generator=generator)[: n // 2]] = MASK
         rows.append(row)
-    filled = infill(model, rows, Decoding(), **IDS)
+    filled = infill(model, rows, Decoding(), special=IDS)
     for row, result in zip(rows, filled, strict=True):
         x = row.clone()
         while (x == MASK).any():
@@ -340,13 +351,13 @@ WRONG = {
 def test_what_cannot_be_is_refused(model, case):
     make, expected = WRONG[case]
     with pytest.raises(ValueError, match=expected):
-        generate(model, [torch.arange(4)], make(), max_new_tokens=8, **IDS)
+        generate(model, [torch.arange(4)], make(), max_new_tokens=8, special=IDS)
 
 
 def test_prompts_that_cannot_be_are_refused(model):
     def refused(prompt, expected, n=8, **arguments):
         with pytest.raises(ValueError, match=expected):
-            generate(model, [torch.arange(3), prompt], max_new_tokens=n, **IDS, **arguments)
+            generate(model, [torch.arange(3), prompt], max_new_tokens=n, special=IDS, **arguments)
 
     refused(torch.tensor([]).long(), "prompt 1 is empty")
     refused(torch.tensor([MASK, 4]), "prompt 1 holds the mask token")
@@ -354,6 +365,6 @@ def test_prompts_that_cannot_be_are_refused(model):
     refused(torch.arange(3), "max_new_tokens is 0", n=0)
     refused(torch.arange(3), "1 seeds for 2 prompts", seeds=[0])
     with pytest.raises(ValueError, match="row 0 has no mask token"):
-        infill(model, [torch.arange(3)], **IDS)
+        infill(model, [torch.arange(3)], special=IDS)
     with pytest.raises(ValueError, match="block_length: not for infilling"):
-        infill(model, [torch.tensor([MASK])], Decoding(block_length=4), **IDS)
+        infill(model, [torch.tensor([MASK])], Decoding(block_length=4), special=IDS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation.compare import compare, difference, draw
+from mdm_plugin.evaluation.compare import compare, difference, plot
 from mdm_plugin.evaluation.results import Parts
 from tests.recipes.test_full_finetune import TWO_RANKS
 from tests.recipes.test_generate import CONFIG
@@ -133,7 +133,7 @@ def test_compare_reads_directories_and_draws(tmp_path):
         (tmp_path / name / "results.json").write_text('{"tasks": {"exact_match": {}}}')
     found = compare([tmp_path / "a", tmp_path / "b"])
     assert found[0].value == pytest.approx(0.25) and found[0].rows == 4
-    draw(found, "a", tmp_path / "c.png")
+    plot(found, "a", tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 3000
     with pytest.raises(UserError, match="does not exist"):
         compare([tmp_path / "a", tmp_path / "c"])

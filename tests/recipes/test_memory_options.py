@@ -79,7 +79,7 @@ def test_an_autoregressive_model_gets_a_mask_token_and_keeps_it(tune, tmp_path, 
         f"tokenizer.path={tmp_path / 'base'}",
         "tokenizer.add_mask_token=True",
         "tokenizer.mask_token=<|mask|>",
-        "loss.shift=True",
+        "model.shift=True",
         "optimizer.lr=3e-3",
     )
     tune(*common, "save_every_n_steps=10", out="whole")

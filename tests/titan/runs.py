@@ -61,4 +61,5 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = str(run["port"])
         out = Path(run["out"])
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(train(run)))
+        name = run.get("name", "rank")
+        (out / f"{name}_{os.environ['RANK']}.json").write_text(json.dumps(train(run)))

@@ -111,7 +111,6 @@ def test_a_step_is_the_recipes(titan, tune, home, tmp_path):
         more = [f"timesteps.{k}={v}" for k, v in PROBE.items()] if name == "P-POTS" else []
         if name == "Dream":
             more += ["model._component_=mdm_plugin.models.dream", "model.num_kv_heads=2"]
-            more += ["loss.shift=True"]
         tune(
             f"checkpointer.checkpoint_dir={home / family}",
             *("model.num_layers=3", "model.num_heads=4", "model.embed_dim=64"),

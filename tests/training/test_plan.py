@@ -147,4 +147,4 @@ def test_the_run_s_length_and_the_probe(data_dir):
     text = plan(cfg, False)
     # 200 rows in batches of 8, of which 20 steps; two views; 30 × 10 × 10 in the probe.
     assert "Steps: 60 (3 epochs of 20)" in text
-    assert f"forwards: {60 * 8 * 2 + 6000:,}, 6,000 of them P-POTS's probe" in text
+    assert f"forwards: {60 * 8 * 2 + 6000:,}, 6,000 of them to probe the model" in text

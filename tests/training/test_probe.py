@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.contract import Estimator, Times
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
 from mdm_plugin.distributed.gradients import total_norm
 from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
@@ -23,11 +24,12 @@ def batches(batch_size=4):
         (torch.randint(1, 300, (3 + n,), generator=generator).tolist(), [False] * 3 + [True] * n)
         for n in (4, 6, 8, 5, 7, 6)
     )
-    return GlobalBatches(rows, batch_size=batch_size, seed=0, pad_id=0)
+    return GlobalBatches(rows, Split(batch_size), Padding(0), seed=0)
 
 
 def measure(model, sampler, masking, batch_size=4):
-    return probe(model, MDMLoss(), sampler, masking, batches(batch_size), MASK, ALONE, step=0)
+    estimator = Estimator(sampler, masking, MDMLoss(), MASK)
+    return probe(model, estimator, sampler.probe_plan(), batches(batch_size), ALONE, step=0)
 
 
 @pytest.mark.parametrize("target", ["loss", "gradient"])
@@ -49,10 +51,11 @@ def test_random_signs_give_the_mean_squared_norm_of_the_rows_gradients(tiny_mode
     data, squares = batches(), []
     for draw in range(300):
         row = torch.tensor([draw % 6])
-        length = int(data.rows.lengths[row])
+        length = int(data.rows.lengths_of(row))
         batch = data.collate(row, torch.tensor([0]), ("alone", draw), length)
         one = torch.ones(1, dtype=torch.float64)
-        noisy = corrupt(batch, t * one, one, Bernoulli(), MDMLoss(), MASK)
+        estimator = Estimator(sampler, Bernoulli(), MDMLoss(), MASK)
+        noisy = corrupt(batch, Times(t * one, one), estimator)
         backward(tiny_model, MDMLoss(), noisy, torch.ones(()), ALONE)
         squares.append(float(total_norm(tiny_model)) ** 2)
         tiny_model.zero_grad(set_to_none=True)
@@ -64,8 +67,9 @@ def test_random_signs_give_the_mean_squared_norm_of_the_rows_gradients(tiny_mode
 
 def test_a_fit_is_kept_and_said(tiny_model):
     sampler = ParetoOptimal(target="loss", family="piecewise", grid=5, rows=4, masks=2)
-    assert probe_due(sampler, 0)
-    report = fit(sampler, measure(tiny_model, sampler, Bernoulli()), ALONE)
+    plan = probe_due(sampler, 0)
+    report = fit(sampler, plan, measure(tiny_model, sampler, Bernoulli()), ALONE)
+    assert report["density"] == sampler.density.state_dict()
     assert not probe_due(sampler, 7)
     assert report["forwards"] == 5 * 4 * 2 and report["backwards"] == 0
     assert len(report["t"]) == len(report["g"]) == len(report["v"]) == len(report["q"]) == 5

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from mdm_plugin.data import GlobalBatches, Rows
+from mdm_plugin.contract import Estimator, Times
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
 from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import FixedCount, Mirror, NextToken
@@ -15,7 +16,10 @@ MASK = 1
 def a_model(**options):
     torch.manual_seed(0)
     shape = {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48}
-    return llada(vocab_size=60, num_layers=2, max_seq_len=64, **shape, **options)
+    shift = options.pop("shift", False)
+    model = llada(vocab_size=60, num_layers=2, max_seq_len=64, **shape, **options)
+    model.shift = model.shift or shift
+    return model
 
 
 def a_batch(masking, loss):
@@ -25,22 +29,23 @@ def a_batch(masking, loss):
         (torch.randint(2, 60, (p + n,), generator=generator).tolist(), [False] * p + [True] * n)
         for p, n in sizes
     )
-    batches = GlobalBatches(rows, batch_size=5, seed=0, pad_id=0)
-    t, importance = Uniform()(5, generator)
-    return corrupt(batches.micro_batches(0)[0], t, importance + t, masking, loss, MASK)
+    batches = GlobalBatches(rows, Split(5), Padding(0), seed=0)
+    t, weight, _ = Uniform()(5, generator)
+    estimator = Estimator(Uniform(), masking, loss, MASK)
+    return corrupt(batches.micro_batches(0)[0], Times(t, weight + t), estimator)
 
 
 def gradients(model, loss, batch, device="cpu"):
     alone = World(0, 1, torch.device(device), None)
     model.zero_grad()
     found = backward(model, loss, batch, global_normalizer([batch], alone), alone)
-    return [*found, *(p.grad for p in model.parameters())]
+    return [found.loss, found.row_losses, *(p.grad for p in model.parameters())]
 
 
 CASES = {
     "Mirror": (Mirror(), {}, {}),
-    "FixedCount, shifted": (FixedCount(), {"shift": True, "chunk_size": 7}, {}),
-    "autoregressive": (NextToken(), {"shift": True}, {"causal": True}),
+    "FixedCount, shifted": (FixedCount(), {"chunk_size": 7}, {"shift": True}),
+    "autoregressive": (NextToken(), {}, {"causal": True}),
 }
 
 

@@ -1,0 +1,149 @@
+"""The file of docs/adding-a-method.md: unbiased, and treated by each recipe as ours are."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdm_plugin.loss import MDMLoss
+from mdm_plugin.masking import Bernoulli, FixedCount
+from mdm_plugin.timesteps import Stratified
+from tests.conftest import free_port, scalars, torchrun
+from tests.toy import Toy, row_losses, z_score
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs/adding-a-method.md").read_text()
+CODE = "\n\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.S))
+KINDS = {
+    "fixed": ("my_methods.Early", "mdm_plugin.masking.Bernoulli"),
+    "probed": ("my_methods.Probed", "my_methods.BothEnds"),
+    "learning": ("my_methods.Learning", "mdm_plugin.masking.FixedCount"),
+    "by count": ("mdm_plugin.timesteps.Stratified", "my_methods.BothEnds"),
+}
+
+
+@pytest.fixture
+def methods(tmp_path, monkeypatch):
+    """The module, in a directory of its own."""
+    (tmp_path / "my_methods.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_methods", None)
+    import my_methods
+
+    yield my_methods
+    sys.modules.pop("my_methods", None)
+
+
+def taught(sampler):
+    """A sampler after what a recipe would teach it."""
+    if plan := sampler.probe_plan():
+        from mdm_plugin.contract import Probe
+
+        sampler.fit(Probe(plan.t, plan.t, plan.t, 3 - 2 * plan.t, 0))
+    if sampler.learns:
+        t = torch.linspace(0.01, 0.99, 50).double()
+        sampler.update(sampler.tally(t, 0.5 + t))
+    return sampler
+
+
+@pytest.mark.parametrize("name", ["Early", "Probed", "Learning", "BothEnds"])
+def test_each_is_an_estimator_of_the_objective(methods, name):
+    toy, masks = Toy(4), methods.BothEnds()
+    if name == "BothEnds":
+        pairs = [(Stratified(), masks), (taught(methods.Probed()), masks)]
+    else:
+        sampler = taught(getattr(methods, name)())
+        assert float(sampler(4096, torch.Generator().manual_seed(0)).weight.std()) > 0.1
+        pairs = [(sampler, Bernoulli(1e-3)), (sampler, FixedCount())]
+    for sampler, masking in pairs:
+        losses = row_losses(toy, sampler, masking, MDMLoss(), groups=16_384, size=8)
+        truth = toy.objective_by_counts() if masking.by_count else toy.objective(1e-3)
+        assert abs(z_score(losses, truth)) < 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_the_recipe_it_is_saved_and_resumed_bit_equal(tune, tmp_path, kind):
+    (tmp_path / "my_methods.py").write_text(CODE)
+    timesteps, masking = KINDS[kind]
+    common = (f"timesteps={timesteps}", f"masking={masking}", "save_every_n_steps=4")
+    common += ("max_steps_per_epoch=8", "epochs=1", "allow_components=[my_methods]")
+    tune(*common, out="whole")
+    tune(*common, f"resume_from_checkpoint={tmp_path / 'whole/step_4'}", out="resumed")
+    whole, resumed = (scalars(tmp_path / x)["train/loss"] for x in ("whole", "resumed"))
+    assert whole[4:] == resumed
+    states = [
+        json.loads((tmp_path / x / "step_8/state.json").read_text()) for x in ("whole", "resumed")
+    ]
+    assert states[0]["parts"] == states[1]["parts"]
+    state = states[0]["parts"]["timesteps"]
+    assert state["kind"] == timesteps
+    assert bool(state["state"]) == (kind in ("probed", "learning"))
+    if kind == "probed":
+        fitted = json.loads((tmp_path / "whole/timesteps_step_0.json").read_text())
+        assert fitted["highest"] > 0 and fitted["density"] == state["state"]["density"]
+
+
+def test_in_mdm_variance_they_are_probed_and_taught(command, data_dir, tmp_path):
+    (tmp_path / "my_methods.py").write_text(CODE)
+    more = [
+        f"estimators.{kind.title().replace(' ', '')}.{key}._component_={value}"
+        for kind, parts in KINDS.items()
+        for key, value in zip(("timesteps", "masking"), parts, strict=True)
+    ]
+    from tests.recipes.test_estimators import VARIANCE
+
+    (tmp_path / "variance.yaml").write_text(VARIANCE)
+    command(
+        *("tune", "run", "mdm_variance", "--config", "variance.yaml", f"data_dir={data_dir}"),
+        *("output_dir=out", "batches=4", "batches_per_round=2", "warmup_batches=3", *more),
+        "allow_components=[my_methods]",
+    )
+    found = json.loads((tmp_path / "out/variance.json").read_text())["estimators"]
+    views = {x["name"]: x["forwards_per_row"] for x in found}
+    assert {"Fixed": 1, "Probed": 2, "Learning": 1, "ByCount": 2}.items() <= views.items()
+    assert (tmp_path / "out/timesteps_Probed.json").is_file()
+
+
+def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_path):
+    pytest.importorskip("torchtitan")
+    (tmp_path / "my_methods.py").write_text(CODE)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "quickstart").symlink_to(data_dir)
+    spec = []
+    for kind, (timesteps, masking) in KINDS.items():
+        for run, steps in (("first", 2), ("whole", 4), ("resumed", 4)):
+            out = tmp_path / kind / ("first" if run == "resumed" else run)
+            arguments = [
+                *("--dataloader.timesteps", timesteps, "--dataloader.masking", masking),
+                *("--training.steps", str(steps), "--training.local_batch_size", "4"),
+                *("--training.global_batch_size", "8", "--metrics.log_freq", "1"),
+                *("--checkpoint.interval", "2", "--validator.no-enable"),
+                # The schedule of the whole, also where it ends early.
+                *("--lr_scheduler.total_steps", "4", "--dataloader.seed", "3"),
+            ]
+            spec.append(
+                {
+                    "config": "llada_debugmodel_sft",
+                    "arguments": arguments,
+                    "out": str(out),
+                    "name": run,
+                    "port": free_port(),
+                }
+            )
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    torchrun(command, 1, "tests.titan.runs", tmp_path / "spec.json", home=home)
+    for kind in KINDS:
+        first, whole, resumed = (
+            json.loads((tmp_path / kind / place / f"{run}_0.json").read_text())
+            for run, place in (("first", "first"), ("whole", "whole"), ("resumed", "first"))
+        )
+        for found in (first, whole, resumed):
+            assert "error" not in found, found
+        assert first["steps"] == whole["steps"][:2]
+        assert resumed["steps"] == whole["steps"][2:]
+        weights = whole["logged"]["train/importance_weight_max"]
+        assert (max(weights) > 1.05) == (kind != "by count")
