@@ -6,11 +6,12 @@ TORCH := 2.13.0
 # PyTorch's public wheels without CUDA, for where pip's own index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test lint types tests faults bench study wheel clean
+.PHONY: help install demo quick test lint types tests faults bench study wheel clean
 
 help:
 	@echo "make demo   pretrain and fine-tune a small model on this machine, and measure it"
-	@echo "make test   lint, types and tests"
+	@echo "make quick  lint, types and the tests that need no process of their own: a minute"
+	@echo "make test   lint, types and all tests"
 	@echo "make faults kills, full disks, damaged files, long runs: all of tests/faults, about 10 minutes"
 	@echo "make bench  training steps side by side with a plain loop, about 40 minutes (after make demo)"
 	@echo "make study  the study of docs/study.md: what has not been run of it, then its report; hours"
@@ -36,6 +37,9 @@ demo: install
 	$(BIN)/python -m mdm_plugin.quickstart.demo
 
 test: lint types tests
+
+quick: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --durations=5
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import torch
 from mdm_plugin.models import ChatTokenizer, llada
 from mdm_plugin.quickstart.data import prepare_data
 from tests import forks
+from tests.forks import free_port
 
 # Rows that tests tokenise are not kept among the user's own.
 os.environ["MDM_PLUGIN_HOME"] = tempfile.mkdtemp(prefix="mdm_plugin_tests_")
@@ -25,9 +25,15 @@ BIN = Path(sys.executable).parent
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
+PROCESSES = {"command", "tune", "titan", "unbroken", "wheel"}
+
+
 def pytest_collection_modifyitems(items):
     # The longest first, or one of the two workers waits for the other's at the end.
     items.sort(key=lambda item: "tests/titan/" not in item.nodeid)
+    for item in items:  # they start processes
+        if PROCESSES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and there is none here")
         for item in items:
@@ -115,13 +121,6 @@ def tune(command, data_dir, tmp_path):
         )
 
     return run
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def torchrun(command, ranks, *arguments, home, check=True):

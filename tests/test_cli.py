@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,9 +24,9 @@ def test_ls_cat_and_validate_know_our_recipes_and_torchtune_s(command):
 
 def test_a_copied_config_runs_with_mdm_and_with_tune(command, tmp_path, data_dir):
     command("mdm", "cp", "quickstart", "my.yaml")
-    (tmp_path / "my.yaml").write_text(
-        (tmp_path / "my.yaml").read_text().replace("embed_dim: 128", "embed_dim: 32")
-    )
+    text = (tmp_path / "my.yaml").read_text()
+    assert "embed_dim: 64" in text
+    (tmp_path / "my.yaml").write_text(text.replace("embed_dim: 64", "embed_dim: 32"))
     overrides = [
         f"data_dir={data_dir}",
         "prepare=null",
@@ -38,7 +39,8 @@ def test_a_copied_config_runs_with_mdm_and_with_tune(command, tmp_path, data_dir
     for tool in ("mdm", "tune"):
         out = f"output_dir={tmp_path / tool}"
         command(tool, "run", "mdm_full_finetune", "--config", "my.yaml", out, *overrides)
-        assert (tmp_path / tool / "step_1/model.safetensors").is_file()
+        weights = load_file(tmp_path / tool / "step_1/model.safetensors")
+        assert weights["output.weight"].shape[1] == 32  # the copy's
     command("mdm", "run", "mdm_full_finetune", "--config", "quickstart", out, *overrides)
     command("mdm", "cp", "mdm_full_finetune", "mine.py")
     assert "MDMFinetune" in (tmp_path / "mine.py").read_text()

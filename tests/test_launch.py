@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, TINY, free_port, torchrun
+from tests.conftest import BIN, TINY, torchrun
+from tests.forks import free_port
 
 LAUNCH = Path(__file__).parents[1] / "docs" / "launch"
 TITAN = ("--module", "mdm_plugin.titan.llada", "--config", "llada_debugmodel")

@@ -11,7 +11,8 @@ import torch
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount
 from mdm_plugin.timesteps import Stratified
-from tests.conftest import free_port, scalars, torchrun
+from tests.conftest import scalars, torchrun
+from tests.forks import free_port
 from tests.toy import Toy, row_losses, z_score
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.models import MDMTransformer
-from mdm_plugin.training.step import corrupt, forward_loss
+from mdm_plugin.training.step import Corrupted, corrupt, forward_loss
 
 # Bytes of state per parameter of optimizers that do not run on fake tensors.
 _STATE_BYTES = {"AdamW8bit": 2.03, "Adam8bit": 2.03, "AdamW4bit": 1.06, "Adam4bit": 1.06}
@@ -63,18 +63,18 @@ class Job(NamedTuple):
 def memory(cfg: DictConfig, job: Job) -> Memory:
     """The memory of a rank that does ``job``.
 
-    Layers are alike: two and four of them are measured, and what one adds is counted for the rest.
+    Layers are alike: two and three of them are measured, and what one adds is counted for the rest.
     """
     model, shards, loss = job.model, job.shards, job.estimator.loss
     # All are masked: it happens.
     t = torch.full((len(job.rows.tokens),), 0.999, dtype=torch.float64)
     noisy = corrupt(job.rows, Times(t, torch.ones_like(t)), job.estimator)
     layers = model.layers
-    few = [min(2, len(layers)), min(4, len(layers))]
+    few = [min(2, len(layers)), min(3, len(layers))]
     measured = []
     for count in few:
         model.layers = layers[:count]
-        measured.append(_step(cfg, model, loss, noisy, job.mode))
+        measured.append(_step(cfg, job, noisy))
     model.layers = layers
     more = (len(layers) - few[0]) / max(1, few[1] - few[0])
     first, second = measured
@@ -109,7 +109,8 @@ class StepBytes(NamedTuple):
     """Bytes beyond the parameters, in a step of which nothing is sharded.
 
     passing: the most that forward and backward hold, if gradients went as they came.
-    late, late_gradients: the most that they hold with the gradients, and the gradients of it.
+    late, late_gradients: the most that they hold with the gradients, and the gradients of it; 0
+        where these do not come to be together.
     state, stepping: of the optimizer, and what its step allocates for the moment.
     """
 
@@ -120,20 +121,26 @@ class StepBytes(NamedTuple):
     stepping: float
 
 
-def _step(cfg: DictConfig, model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> StepBytes:
+def _step(cfg: DictConfig, job: Job, noisy: Corrupted) -> StepBytes:
+    """The bytes of a step of ``job`` with the layers that its model has now."""
+    model, mode, loss = job.model, job.mode, job.estimator.loss
     trained = [p for p in model.parameters() if p.requires_grad]
-    kept = _forward_backward(model, loss, noisy, mode)
-    for p in trained:
-        p.grad = None
+    late = gradients = 0
+    # Else gradients go as they come, or are there from the micro-batches before.
+    if job.accumulation == 1 and not cfg.optimizer_in_bwd:
+        kept = _forward_backward(model, loss, noisy, mode)
+        gradients = kept.get("GRAD", 0)
+        late = sum(kept.values()) - kept["PARAM"] - gradients
+        for p in trained:
+            p.grad = None
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
     dropped = _forward_backward(model, loss, noisy, mode)
     for hook in hooks:
         hook.remove()
     with mode:
         state, stepping = _optimizer_bytes(cfg, trained)
-    rest = kept["PARAM"] + kept.get("GRAD", 0)
     passing = sum(dropped.values()) - dropped["PARAM"]
-    return StepBytes(passing, sum(kept.values()) - rest, kept.get("GRAD", 0), state, stepping)
+    return StepBytes(passing, late, gradients, state, stepping)
 
 
 def _drop(parameter: Tensor) -> None:

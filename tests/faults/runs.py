@@ -7,13 +7,12 @@ server that has already imported the recipe, so that twenty runs take seconds ea
 
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.forks import context
+from tests.forks import context, free_port, torchruns
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -42,9 +41,7 @@ def run(given, ranks=1, fault=None, log=None, **more):
 
     ``more`` goes into the environment; ``log``.RANK gets what a rank prints.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     queue = context.SimpleQueue()
     children = [
         context.Process(target=_rank, args=(given, rank, ranks, port, fault, log, queue, more))
@@ -74,14 +71,7 @@ def _rank(given, rank, ranks, port, fault, log, queue, more):
         os.dup2(out, 1)
         os.dup2(out, 2)
     if ranks > 1:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(ranks),
-            LOCAL_WORLD_SIZE=str(ranks),
-            MASTER_ADDR="localhost",
-            MASTER_PORT=str(port),
-        )
+        os.environ.update(torchruns(rank, ranks, port))
     import torch
 
     torch.set_num_threads(1)
@@ -100,7 +90,7 @@ def inject(fault: Fault | None, queue=None) -> None:
     import torch
     from torch.distributed.checkpoint import filesystem
 
-    from mdm_plugin.training import weights
+    from mdm_plugin.checkpoint import files
 
     events: list[str] = []
 
@@ -137,7 +127,7 @@ def inject(fault: Fault | None, queue=None) -> None:
         setattr(owner, name, call)
 
     counted(recipe.MDMFinetune, "train_step", "step", after=True)
-    counted(weights, "save_file", "save", after=True)
+    counted(files, "save_file", "save", after=True)
     counted(filesystem, "_write_item", "save", after=True)
     for owner, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree")):
         counted(owner, name, "save")

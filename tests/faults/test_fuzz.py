@@ -112,7 +112,7 @@ def test_no_config_file_ends_in_anything_but_one_line(content, tmp_path):
         "torch.hub.load",
         "torch.load",
         "mdm_plugin.cli.sys.exit",
-        "mdm_plugin.quickstart.Path",
+        "mdm_plugin.quickstart.data.Path",
         "torchtune.utils._logging.os.system",
         "mdm_plugin.config.loading.os.system",
     ],

@@ -52,10 +52,19 @@ def test_resuming_does_not_probe_again_and_is_the_same_run(tune, tmp_path):
     for name, before in files.items():
         after = load_file(tmp_path / f"run/step_20/{name}.safetensors")
         assert all(torch.equal(after[key], before[key]) for key in before)
-    refused = tune(
-        "resume_from_checkpoint=True", f"checkpointer.output_dir={tmp_path / 'plain'}", check=False
-    )
-    assert refused.returncode == 2
+    tune("max_steps_per_epoch=1", out="plain")
+    for key, more, words in (
+        ("ema", ("ema._component_=mdm_plugin.training.EMA",), "written with none, and the config"),
+        ("timesteps", ADAPTIVE, "written with none, and the config has Adaptive"),
+        ("lr_scheduler", ("lr_scheduler=null",), "with LambdaLR, and the config has none"),
+    ):
+        resume = ("max_steps_per_epoch=1", "epochs=2", "resume_from_checkpoint=True")
+        refused = tune(*resume, *more, out="plain", check=False)
+        line = refused.stderr.strip().splitlines()[-1]
+        assert refused.returncode == 2 and line.startswith(f"error: {key}: ") and words in line
+    refused = tune(*ADAPTIVE, common[-2], "resume_from_checkpoint=True", out="run", check=False)
+    line = refused.stderr.strip().splitlines()[-1]
+    assert "with ParetoOptimal, and the config has Adaptive: restore it" in line
 
 
 @pytest.mark.parametrize(

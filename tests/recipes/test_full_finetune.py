@@ -249,16 +249,25 @@ def test_training_learns_and_shows_it(tune, tmp_path, data_dir):
     assert b"**reference**" in content  # the samples
 
 
-def test_bf16_and_another_logger_run(tune, tmp_path):
-    tune(
-        "dtype=bf16",
-        "max_steps_per_epoch=2",
-        "metric_logger=torchtune.training.metric_logging.DiskLogger",
-    )
-    assert load_file(tmp_path / "out/step_2/model.safetensors")["output.weight"].dtype == (
-        torch.bfloat16
-    )
-    assert "train/loss" in "".join(f.read_text() for f in (tmp_path / "out").rglob("log*.txt"))
+def test_bf16_follows_fp32_s_run(tune, tmp_path):
+    """Each step's loss to bf16's precision, the gradient's norm nearly so; and it learns."""
+    common = ("optimizer.lr=1e-2",)
+    tune(*common, out="fp32")
+    tune(*common, "dtype=bf16", out="bf16")
+    full, half = (scalars(tmp_path / x) for x in ("fp32", "bf16"))
+    for name, near in (("train/loss", 0.02), ("train/grad_norm", 0.1)):
+        a, b = (torch.tensor(x[name]) for x in (half, full))
+        assert ((a - b).abs() / b).max() < near, name
+        assert (a != b).any()
+    assert sum(half["train/loss"][-5:]) < 0.9 * sum(half["train/loss"][:5])
+    stored = load_file(tmp_path / "bf16/step_20/model.safetensors")
+    assert {x.dtype for x in stored.values()} == {torch.bfloat16}
+
+
+def test_another_logger_gets_the_figures(tune, tmp_path):
+    tune("max_steps_per_epoch=2", "metric_logger=torchtune.training.metric_logging.DiskLogger")
+    text = "".join(f.read_text() for f in (tmp_path / "out").rglob("log*.txt"))
+    assert text.count("train/loss:") == 2
 
 
 @pytest.mark.gpu
