@@ -122,7 +122,7 @@ def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_
                 *("--dataloader.timesteps", timesteps, "--dataloader.masking", masking),
                 *("--training.steps", str(steps), "--training.local_batch_size", "4"),
                 *("--training.global_batch_size", "8", "--metrics.log_freq", "1"),
-                *("--checkpoint.interval", "2", "--validator.no-enable"),
+                *("--checkpoint.interval", "2", "--validator.no-enable", "--debug.seed", "5"),
                 # The schedule of the whole, also where it ends early.
                 *("--lr_scheduler.total_steps", "4", "--dataloader.seed", "3"),
             ]
@@ -147,4 +147,4 @@ def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_
         assert first["steps"] == whole["steps"][:2]
         assert resumed["steps"] == whole["steps"][2:]
         weights = whole["logged"]["train/importance_weight_max"]
-        assert (max(weights) > 1.05) == (kind != "by count")
+        assert (max(weights) > 1.0001) == (kind != "by count")

@@ -263,7 +263,13 @@ REFUSED = {
     "dataloader.timesteps": [
         *("--validator.no-enable", "--parallelism.pipeline_parallel_degree", "2"),
     ],
-    "Adaptive": ["--dataloader.timesteps", "mdm_plugin.timesteps.Adaptive"],
+    "the losses to learn from": [
+        *("--validator.no-enable", "--parallelism.pipeline_parallel_degree", "2"),
+        *("--dataloader.timesteps", "mdm_plugin.timesteps.Adaptive"),
+    ],
+    "leaves out counts": ["--dataloader.timesteps", "mdm_plugin.timesteps.Clipped"],
+    "is no TimestepSampler": ["--dataloader.timesteps", "torch.nn.Identity"],
+    "is no Masking": ["--dataloader.masking", "torch.nn.Identity"],
     "no attribute 'Miror'": ["--dataloader.masking", "mdm_plugin.masking.Miror"],
     "dataloader.dataset_path": ["--dataloader.dataset_path", ""],
     "does not exist": ["--dataloader.dataset_path", "nowhere.jsonl"],
