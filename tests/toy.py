@@ -1,5 +1,7 @@
 """A toy model small enough for the truth: CE of every position under every mask, in a table."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -46,17 +48,22 @@ class Toy:
         return sum(float(total[count == k].mean()) / k for k in range(1, self.n + 1)) / self.n
 
 
+@cache  # a call for each group takes longer than all that follows, whatever the mask
+def draws(sampler, groups: int, size: int, seed: int) -> Times:
+    """The t of ``groups`` global batches, one after another."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [sampler(size, generator) for _ in range(groups)]
+    t, weight = (torch.cat([x[i] for x in drawn]) for i in range(2))
+    return Times(t, weight, drawn[0].density)
+
+
 def row_losses(
     toy: Toy, sampler, masking, loss, *, groups: int, size: int, seed: int = 0
 ) -> Tensor:
     """The row losses of ``groups`` global batches of ``size`` copies of the toy's row, as
     training computes them: a draw of t, and ``corrupt``. [groups, size], fp64."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [sampler(size, generator) for _ in range(groups)]
-    times = Times(
-        torch.cat([x.t for x in drawn]), torch.cat([x.weight for x in drawn]), drawn[0].density
-    )
-    rows = groups * size
+    times, rows = draws(sampler, groups, size, seed), groups * size
+    generator = torch.Generator().manual_seed(seed + 1_000_000)
     u = torch.rand(rows, toy.n, generator=generator, dtype=torch.float64)
     eligible = torch.ones(rows, toy.n, dtype=torch.bool)
     tokens = torch.arange(toy.n).repeat(rows, 1)  # the label of a position is its index

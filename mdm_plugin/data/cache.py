@@ -90,9 +90,10 @@ def _write(
             pyarrow.ipc.new_stream(file, schema) as writer,
         ):
             for chunk in chunks(rows):
+                whole = slice(0, int(chunk.ends[-1]))
                 columns = [
                     pyarrow.ListArray.from_arrays(chunk.ends, pyarrow.array(values))
-                    for values in (chunk.tokens, chunk.eligible.view("uint8"))
+                    for values in (chunk.tokens[whole], chunk.eligible[whole].view("uint8"))
                 ]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
         line = report()

@@ -1,10 +1,11 @@
 """Tokenised rows: in memory, or in an Arrow file that stays on disk."""
 
 import mmap
+import os
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy
 import torch
@@ -28,14 +29,30 @@ class Row(NamedTuple):
         return self.tokens[: int(self.eligible.int().argmax())]
 
 
+class Stored:
+    """An array in a file, of which slices are read as they are asked for.
+
+    Mapped files would do, too; but what a process has touched of them counts as its memory, in
+    pages of up to 2 MiB for a row of a few hundred bytes.
+    """
+
+    def __init__(self, file: BinaryIO, offset: int, kind: str) -> None:
+        self.file, self.offset, self.kind = file, offset, numpy.dtype(kind)
+
+    def __getitem__(self, place: slice) -> NDArray[Any]:
+        size = self.kind.itemsize
+        start, count = self.offset + place.start * size, (place.stop - place.start) * size
+        return numpy.frombuffer(os.pread(self.file.fileno(), count, start), self.kind)
+
+
 class Chunk(NamedTuple):
     """Some rows, end to end.
 
     tokens: [T], int32. eligible: [T], bool. ends: [rows + 1], where each row begins, and the end.
     """
 
-    tokens: NDArray[Any]
-    eligible: NDArray[Any]
+    tokens: NDArray[Any] | Stored
+    eligible: NDArray[Any] | Stored
     ends: NDArray[Any]
 
 
@@ -55,7 +72,6 @@ class Facts(NamedTuple):
 
 
 TOKENS_PER_CHUNK = 1 << 20
-_RELEASE_EVERY = 64  # reads
 
 
 class Rows(torch.utils.data.Dataset[Row]):
@@ -67,37 +83,42 @@ class Rows(torch.utils.data.Dataset[Row]):
     """
 
     def __init__(self, rows: Iterable[tuple[list[int], list[bool]]], report: str = "") -> None:
-        self._use(list(chunks(rows)), None)
+        self._use(list(chunks(rows)))
         self.facts = self.find_facts(report)
 
     @classmethod
     def open(cls, file: Path, facts: Facts) -> "Rows":
-        """The rows of an Arrow file that ``mdm_plugin.data.cache`` wrote, mapped and not read.
+        """The rows of an Arrow file that ``mdm_plugin.data.cache`` wrote, left where they are.
 
-        What is read of it is given back to the system again and again: a process never holds more
-        than a few steps' rows, and processes of one machine share the file's pages.
+        In memory are four bytes for each row, where it ends; tokens are read as they are needed.
+        Processes of one machine share what the system keeps of the file.
         """
         import pyarrow
 
-        with file.open("rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        parts = []
-        for batch in pyarrow.ipc.open_stream(pyarrow.py_buffer(mapped)):
-            tokens, eligible = batch.column("tokens"), batch.column("eligible")
-            parts.append(
-                Chunk(
-                    tokens.values.to_numpy(),
-                    eligible.values.to_numpy().view(numpy.bool_),
-                    tokens.offsets.to_numpy(),
+        opened = file.open("rb")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            # Where the file has its arrays: the addresses of the mapped ones, from its start.
+            whole = pyarrow.py_buffer(mapped)
+            parts = []
+            for batch in pyarrow.ipc.open_stream(whole):
+                tokens, eligible = batch.column("tokens"), batch.column("eligible")
+                places = [x.values.buffers()[1].address - whole.address for x in (tokens, eligible)]
+                parts.append(
+                    Chunk(
+                        Stored(opened, places[0], "int32"),
+                        Stored(opened, places[1], "bool"),
+                        tokens.offsets.to_numpy().copy(),
+                    )
                 )
-            )
+                del tokens, eligible, batch
+            del whole
         self = cls.__new__(cls)
-        self._use(parts, mapped)
+        self._use(parts)
         self.facts = facts
         return self
 
-    def _use(self, parts: list[Chunk], mapped: mmap.mmap | None) -> None:
-        self._chunks, self._mapped, self._reads = parts, mapped, 0
+    def _use(self, parts: list[Chunk]) -> None:
+        self._chunks = parts
         self._starts = numpy.cumsum([0, *(len(x.ends) - 1 for x in parts)])
 
     def __len__(self) -> int:
@@ -129,15 +150,7 @@ class Rows(torch.utils.data.Dataset[Row]):
             ids[i, : end - start] = chunk.tokens[start:end]
             may_be_masked[i, : end - start] = chunk.eligible[start:end]
             no_filling[i, : end - start] = True
-        self._release()
         return tokens, eligible, real
-
-    def _release(self) -> None:
-        """Now and then, let go of the pages of the file that have been read; the system keeps them
-        as long as it has room."""
-        self._reads += 1
-        if self._mapped is not None and self._reads % _RELEASE_EVERY == 0:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def lengths_of(self, indices: Tensor) -> Tensor:
         """Tokens of some rows. indices [R] → [R], long."""
@@ -157,26 +170,19 @@ class Rows(torch.utils.data.Dataset[Row]):
     def find_facts(self, report: str = "") -> Facts:
         """The facts, by reading all rows once for each of what is hashed."""
         digest = blake2b(digest_size=16)
-        longest, max_token = 0, 0
-        for chunk in self._each():
-            digest.update(chunk.tokens.tobytes())
-            if len(chunk.tokens):
-                max_token = max(max_token, int(chunk.tokens.max()))
-        for chunk in self._each():
-            digest.update(chunk.eligible.tobytes())
-        total = 0
+        longest, max_token, total = 0, 0, 0
+        for chunk in self._chunks:
+            tokens = chunk.tokens[0 : int(chunk.ends[-1])]
+            digest.update(tokens.tobytes())
+            max_token = max(max_token, int(tokens.max(initial=0)))
+        for chunk in self._chunks:
+            digest.update(chunk.eligible[0 : int(chunk.ends[-1])].tobytes())
         digest.update(numpy.int64(0).tobytes())
-        for chunk in self._each():
+        for chunk in self._chunks:
             digest.update((chunk.ends[1:].astype(numpy.int64) + total).tobytes())
             longest = max(longest, int(numpy.diff(chunk.ends).max(initial=0)))
             total += int(chunk.ends[-1])
         return Facts(total, longest, max_token, digest.hexdigest(), report)
-
-    def _each(self) -> Iterator[Chunk]:
-        for chunk in self._chunks:
-            yield chunk
-            if self._mapped is not None:
-                self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def chunks(rows: Iterable[tuple[list[int], list[bool]]]) -> Iterator[Chunk]:

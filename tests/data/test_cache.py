@@ -38,10 +38,9 @@ def reading(monkeypatch) -> list[str]:
     return seen
 
 
-def test_mapped_rows_are_those_in_memory(tmp_path, monkeypatch):
+def test_stored_rows_are_those_in_memory(tmp_path, monkeypatch):
     """Over many chunks: every row, any batch, the facts and the fingerprint."""
     monkeypatch.setattr(rows, "TOKENS_PER_CHUNK", 50)
-    monkeypatch.setattr(rows, "_RELEASE_EVERY", 2)
     generator = numpy.random.default_rng(0)
     given = []
     for i in range(200):
@@ -49,9 +48,9 @@ def test_mapped_rows_are_those_in_memory(tmp_path, monkeypatch):
         given.append((generator.integers(0, 300, n).tolist(), (generator.random(n) < 0.5).tolist()))
         given[i][1][-1] = True
     held = Rows(given)
-    mapped, _ = cache.cached({"x": 1}, lambda bad: (bad.write_text(""), (iter(given), str))[1])
-    assert len(mapped._chunks) > 30 and len(mapped) == 200
-    assert mapped.facts == held.facts
+    stored_rows, _ = cache.cached({"x": 1}, lambda bad: (bad.write_text(""), (iter(given), str))[1])
+    assert len(stored_rows._chunks) > 30 and len(stored_rows) == 200
+    assert stored_rows.facts == held.facts
     # The fingerprint of all tokens, all that is eligible, and where rows end, one after another.
     from hashlib import blake2b
 
@@ -59,16 +58,16 @@ def test_mapped_rows_are_those_in_memory(tmp_path, monkeypatch):
     may = numpy.concatenate([numpy.array(x) for _, x in given])
     ends = numpy.cumsum([0, *(len(x) for x, _ in given)])
     whole = blake2b(flat.tobytes() + may.tobytes() + ends.tobytes(), digest_size=16)
-    assert mapped.facts.fingerprint == whole.hexdigest()
+    assert stored_rows.facts.fingerprint == whole.hexdigest()
     for i in range(200):
-        assert mapped[i].tokens.tolist() == given[i][0] == held[i].tokens.tolist()
-        assert mapped[i].eligible.tolist() == given[i][1]
+        assert stored_rows[i].tokens.tolist() == given[i][0] == held[i].tokens.tolist()
+        assert stored_rows[i].eligible.tolist() == given[i][1]
     for seed in range(10):
         index = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:17]
-        for a, b in zip(mapped.padded(index, 31, 7), held.padded(index, 31, 7), strict=True):
+        for a, b in zip(stored_rows.padded(index, 31, 7), held.padded(index, 31, 7), strict=True):
             assert torch.equal(a, b)
-        assert mapped.lengths_of(index).tolist() == [len(given[i][0]) for i in index]
-        assert mapped.eligible_of(index).tolist() == [sum(given[i][1]) for i in index]
+        assert stored_rows.lengths_of(index).tolist() == [len(given[i][0]) for i in index]
+        assert stored_rows.eligible_of(index).tolist() == [sum(given[i][1]) for i in index]
     import datasets
 
     stored = datasets.Dataset.from_file(str(next(cache.home().glob("*/rows.arrow"))))
