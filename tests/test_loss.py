@@ -144,6 +144,7 @@ def test_heads_of_other_kinds_get_the_gradients_of_autograd(kind, scale):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_chunks_are_the_same_and_one_graph_for_every_number_of_masks():
     from torch._dynamo.utils import counters
 

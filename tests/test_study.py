@@ -24,6 +24,8 @@ from benchmarks.study.tasks import LONGEST, SETTINGS, SIZES, prepare, verifier
 from mdm_plugin.data import chat_dataset
 from mdm_plugin.models import ChatTokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):

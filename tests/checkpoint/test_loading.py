@@ -52,6 +52,7 @@ def random_checkpoint(directory, build, shards, dtype):
     return write_shards(directory, tensors, {"model_type": "llada"}, shards)
 
 
+@pytest.mark.slow
 def test_logits_at_the_true_width_from_sharded_bf16(tmp_path):
     """d 4,096, vocabulary 126,464, two layers: 1.47 B parameters, against transformers' Llama."""
     import transformers
@@ -125,6 +126,7 @@ with distributed("cpu") as world:
 """
 
 
+@pytest.mark.slow
 def test_on_two_ranks_none_holds_much_more_than_its_half(command, tmp_path):
     torch.manual_seed(0)
     total = random_checkpoint(

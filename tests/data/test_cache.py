@@ -167,6 +167,7 @@ def _open(arguments):
     return found.facts.fingerprint
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_tokenises(data_dir, write_jsonl, tmp_path):
     source = write_jsonl(*(chat(f"{i} + 1", str(i + 1)) for i in range(50)))
     counter = tmp_path / "count"

@@ -145,6 +145,7 @@ def test_wilson_interval_against_published_values():
     assert ExactMatch(0, 20, []).interval() == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_trained_model_is_above_the_entropy_of_its_source():
     """A Markov chain of 0s and 1s that stays with probability 0.9: its entropy is known.
 

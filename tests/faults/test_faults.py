@@ -24,6 +24,7 @@ from mdm_plugin.training.step import Result
 from tests.conftest import BIN, scalars
 from tests.faults.runs import TINY, Fault, arguments, run
 
+pytestmark = pytest.mark.slow
 ALL = os.environ.get("MDM_FAULTS") == "all"
 ALONE = World(0, 1, torch.device("cpu"), None)
 LAST = "step_20"

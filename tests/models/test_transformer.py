@@ -3,7 +3,7 @@ import torch
 from torchtune.models.llama2 import llama2
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 
-from mdm_plugin.models import bidirectional, llada
+from mdm_plugin.models import bidirectional, dream, llada
 
 SHAPE = {"vocab_size": 97, "num_layers": 3, "num_heads": 4, "embed_dim": 64, "max_seq_len": 32}
 
@@ -129,3 +129,46 @@ def test_positions_alone_are_those_of_all(pair):
         whole = ours(tokens, head=lambda head, hidden: head(hidden)).flatten(0, 1)
         some = ours(tokens, positions=chosen, head=lambda head, hidden: head(hidden))
     assert (some - whole[chosen]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shifted_model_predicts_from_the_position_before(packed):
+    """Against the logits at every place: a row's first token from its own, others from the last."""
+    torch.manual_seed(0)
+    model = dream(**SHAPE, num_kv_heads=2, intermediate_dim=96).eval()
+    assert model.shift and not llada(**SHAPE, intermediate_dim=96).shift
+    assert llada(**SHAPE, intermediate_dim=96, causal=True).shift
+    rows = [torch.randint(97, (n,)) for n in (5, 9)]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    attend = torch.arange(9) < torch.tensor([[5], [9]])
+    wanted = [(0, 0), (0, 1), (0, 4), (1, 0), (1, 8)]
+    with torch.no_grad():
+        truth = model(tokens, mask=attend[:, None])
+        given = {"positions": torch.tensor([row * 9 + place for row, place in wanted])}
+        if packed:
+            starts = (0, 5)
+            given = {
+                "positions": torch.tensor([starts[row] + place for row, place in wanted]),
+                "mask": torch.tensor([5, 9]),
+                "input_pos": torch.cat([torch.arange(5), torch.arange(9)])[None],
+            }
+            tokens = torch.cat(rows)[None]
+        else:
+            given["mask"] = attend[:, None]
+        found = model(tokens, head=lambda head, h: head(h).float(), **given)
+    expected = torch.stack([truth[row, max(place - 1, 0)] for row, place in wanted])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_head_is_the_embeddings_matrix():
+    from torchtune.models.qwen2 import qwen2
+
+    torch.manual_seed(0)
+    sizes = {**SHAPE, "intermediate_dim": 96, "num_kv_heads": 2, "tie_word_embeddings": True}
+    model = bidirectional(qwen2(**sizes))
+    tokens = torch.randint(97, (2, 7))
+    logits = model(tokens)
+    by_head = model(tokens, head=lambda head, h: head(h))
+    torch.testing.assert_close(by_head, logits)
+    (found,) = torch.autograd.grad(logits[..., 3].sum(), [model.tok_embeddings.weight])
+    assert found[3].abs().sum() > 0

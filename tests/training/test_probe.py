@@ -42,6 +42,7 @@ def test_the_probe_does_not_depend_on_micro_batches(tiny_model, target):
     assert all(p.grad is None for p in tiny_model.parameters())
 
 
+@pytest.mark.slow
 def test_random_signs_give_the_mean_squared_norm_of_the_rows_gradients(tiny_model):
     """Truth: a backward pass for each row alone, at the same t."""
     t = 0.5
