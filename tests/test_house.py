@@ -1,6 +1,7 @@
 """The rooms: which may import which, and what is used of torchtune in one place alone."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,17 @@ def test_files_and_functions_can_be_read_in_one_sitting(file):
             lines, count = sizes(node)
             assert lines <= 60, node.name
             assert count <= 8 or node.name in BUILDERS, node.name
+
+
+def test_the_page_of_the_rooms_names_what_is_there():
+    """Each file that docs/architecture.md names is there; each room is in its table and figure."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = [x.name for x in PACKAGE.iterdir() if (x / "__init__.py").is_file()]
+    drawn = (ROOT / "docs/rooms.py").read_text()
+    for name in rooms:
+        assert f"`{name}/`" in text and f'"{name}": (' in drawn
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
+        places = [ROOT / name, PACKAGE / name, *PACKAGE.glob(f"*/{name}")]
+        assert any(x.is_file() for x in places), name
+    numbers = [re.findall(r"^(\d)\. ", part, re.M) for part in text.split("## ")]
+    assert [x[-1] for x in numbers if x] == ["7", "7"]  # stops of a row, and of a checkpoint

@@ -5,18 +5,18 @@ running sum. No problem occurs twice, within or across the training, validation 
 The text to pretrain on is single sums, of the training problems only.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from mdm_plugin.errors import UserError
 
@@ -82,7 +82,7 @@ def prepare_data(directory: str) -> None:
     """
     home = Path(directory).expanduser()
     home.mkdir(parents=True, exist_ok=True)
-    with _lock(home / ".lock_data"):
+    with FileLock(home / ".lock_data"):
         if not (home / "tokenizer_config.json").is_file():  # written last
             print(f"Quickstart: writing its data and tokenizer to {home}", flush=True)
             _write_data(home)
@@ -90,13 +90,6 @@ def prepare_data(directory: str) -> None:
             rows = [json.loads(line)["messages"] for line in (home / "train.jsonl").open()]
             texts += [turn["content"] for turns in rows for turn in turns]
             write_tokenizer(home, texts, VOCABULARY)
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def worked_answer(expression: str) -> str:
@@ -177,7 +170,7 @@ def write_tokenizer(home: Path, texts: list[str], vocabulary: int) -> None:
 def _train_once(directory: str, config: str, name: str) -> None:
     """Make ``name``/model.safetensors by a packaged config, if missing; one process does."""
     home = Path(directory).expanduser()
-    with _lock(home / f".lock_{name}"):
+    with FileLock(home / f".lock_{name}"):
         if not (home / name / "model.safetensors").is_file():
             print(f"Quickstart: training its {name} model, once", flush=True)
             _train(home, config, name)
