@@ -8,8 +8,9 @@ An estimator of the training objective J is three parts, each named in a config 
 - a **loss** says what a prediction costs, and what the sum is divided by: an ``MDMLoss``
   (``mdm_plugin.loss``) or a class derived from it.
 
-The recipes, ``mdm_variance`` and torchtitan's trainer use what is declared here and nothing else. A
-method that a class does not write does nothing.
+The recipes, ``mdm_variance`` and torchtitan's trainer use what is declared here and nothing else.
+``__call__`` is to be written; ``fit`` is with a ``probe_plan``, ``tally`` and ``update`` are with
+``learns``. What else a class does not write does nothing.
 """
 
 from typing import Any, Literal, NamedTuple

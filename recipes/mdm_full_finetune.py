@@ -141,7 +141,8 @@ class MDMFinetune:
             "guard": self.guard,
         }
         if self.lr_scheduler:
-            parts["lr_scheduler"] = ScheduleState(self.lr_scheduler)
+            name = self.cfg.lr_scheduler._component_
+            parts["lr_scheduler"] = ScheduleState(self.lr_scheduler, name)
         if self.ema:
             parts["ema"] = self.ema
         check_states(parts)
@@ -245,7 +246,8 @@ class MDMFinetune:
         if not self.in_backward:
             grad_norm = clip_gradient(self.model, cfg.clip_grad_norm).to(world.device)
         if self.guard.passes(step, results, grad_norm, self.batches.row_indices(place)):
-            learn(self.estimator, results, world)
+            losses = [(x.batch.t, x.row_losses) for x in results]
+            learn(self.estimator.timesteps, losses, world)
             if not self.in_backward:
                 self.optimizer.step()
             if self.ema:

@@ -180,7 +180,8 @@ class MDMVariance:
                 for batch in range(self.cfg.warmup_batches):
                     key = ("warm-up", batch)
                     found = self.estimate(candidate, key, key, key)
-                    learn(candidate.estimator, [found.result], self.world)
+                    result = found.result
+                    learn(sampler, [(result.batch.t, result.row_losses)], self.world)
 
     def estimate(
         self,
@@ -204,7 +205,7 @@ class MDMVariance:
         result = backward(model, estimator.loss, noisy, normalizer, self.world)
         gradient = folded_gradient(model, self.cfg.projection, seed, rank)
         model.zero_grad(set_to_none=True)
-        return Estimate(result, self.world.sum(result.loss.clone()), gradient)
+        return Estimate(result, self.world.sum(result.loss), gradient)
 
     def measure(self) -> None:
         cfg = self.cfg

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount
@@ -75,6 +76,8 @@ def test_in_the_recipe_it_is_saved_and_resumed_bit_equal(tune, tmp_path, kind):
     tune(*common, f"resume_from_checkpoint={tmp_path / 'whole/step_4'}", out="resumed")
     whole, resumed = (scalars(tmp_path / x)["train/loss"] for x in ("whole", "resumed"))
     assert whole[4:] == resumed
+    ends = [load_file(tmp_path / x / "step_8/model.safetensors") for x in ("whole", "resumed")]
+    assert all(torch.equal(ends[1][name], x) for name, x in ends[0].items())
     states = [
         json.loads((tmp_path / x / "step_8/state.json").read_text()) for x in ("whole", "resumed")
     ]
@@ -87,12 +90,29 @@ def test_in_the_recipe_it_is_saved_and_resumed_bit_equal(tune, tmp_path, kind):
         assert fitted["highest"] > 0 and fitted["density"] == state["state"]["density"]
 
 
+WATCHED = """
+
+class Watched(Learning):
+    def update(self, tally):
+        super().update(tally)
+        with open("taught", "a") as file:
+            file.write(f"{float(tally[1].sum())}\\n")
+"""
+
+
 def test_in_mdm_variance_they_are_probed_and_taught(command, data_dir, tmp_path):
-    (tmp_path / "my_methods.py").write_text(CODE)
+    (tmp_path / "my_methods.py").write_text(CODE + WATCHED)
     more = [
         f"estimators.{kind.title().replace(' ', '')}.{key}._component_={value}"
         for kind, parts in KINDS.items()
         for key, value in zip(("timesteps", "masking"), parts, strict=True)
+    ]
+    more = [
+        x.replace(
+            "Learning.timesteps._component_=my_methods.Learning",
+            "Learning.timesteps._component_=my_methods.Watched",
+        )
+        for x in more
     ]
     from tests.recipes.test_estimators import VARIANCE
 
@@ -105,7 +125,22 @@ def test_in_mdm_variance_they_are_probed_and_taught(command, data_dir, tmp_path)
     found = json.loads((tmp_path / "out/variance.json").read_text())["estimators"]
     views = {x["name"]: x["forwards_per_row"] for x in found}
     assert {"Fixed": 1, "Probed": 2, "Learning": 1, "ByCount": 2}.items() <= views.items()
-    assert (tmp_path / "out/timesteps_Probed.json").is_file()
+    probed = json.loads((tmp_path / "out/timesteps_Probed.json").read_text())
+    assert probed["t"] == [0.1, 0.3, 0.6, 0.9] and probed["highest"] > 0
+    assert (tmp_path / "taught").read_text().split() == ["8.0"] * 3  # rows of each warm-up batch
+
+
+def test_a_contract_that_is_not_kept_is_one_line(tune, tmp_path):
+    text = CODE.replace("    views = 2\n", "")
+    text += "\n\nclass Pair(Early):\n    def __call__(self, n, generator):\n"
+    text += "        return tuple(super().__call__(n, generator))\n"
+    (tmp_path / "my_methods.py").write_text(text)
+    for given, words in (
+        ("masking=my_methods.BothEnds", "masking: BothEnds gives 2 views and declares 1"),
+        ("timesteps=my_methods.Pair", "timesteps: Pair gives a tuple: return mdm_plugin.contract"),
+    ):
+        done = tune(given, "allow_components=[my_methods]", check=False)
+        assert done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]
 
 
 def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_path):

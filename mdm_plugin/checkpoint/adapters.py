@@ -24,6 +24,7 @@ from mdm_plugin.checkpoint.files import (
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.distributed.parameters import (
     adapter_names,
+    bare,
     fill,
     full,
     named_parameters,
@@ -112,7 +113,7 @@ Adapted = Any  # LoRALinear or DoRALinear; torchtune has no types
 def _adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear | DoRALinear):
-            yield name.replace("_checkpoint_wrapped_module.", ""), module
+            yield bare(name), module
 
 
 def low_rank(module: Adapted) -> tuple[int, float, float]:

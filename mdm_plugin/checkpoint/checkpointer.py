@@ -35,6 +35,7 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.models import MDMTransformer
 
 _STEP = re.compile(r"step_(\d+)")
+_ANEW = "start a new run from its weights with checkpointer.checkpoint_dir"
 
 
 class Checkpointer:
@@ -173,8 +174,7 @@ class Checkpointer:
         """
         self.wait(run.world)
         staging = Staging(self.output_dir, step)
-        # torchao's optimizers keep the learning rate as a tensor.
-        state = json.dumps({**facts, "step": step, "parts": run.state()}, indent=2, default=float)
+        state = json.dumps({**facts, "step": step, "parts": run.state()}, indent=2)
         own = Attempts(run.world.rank == 0)
         own.call(staging.begin)
         self._agree(run.world, own, staging)
@@ -324,7 +324,7 @@ class Checkpointer:
         Raises:
             UserError: if it lacks a part, has one more, or one of another kind.
         """
-        check_parts(run.parts, state["parts"], checkpoint)
+        check_parts(run.parts, state["parts"], checkpoint, _ANEW)
         load_optimizer(run, checkpoint)
         run.load_state(state["parts"])
         for name, average in run.averages().items():

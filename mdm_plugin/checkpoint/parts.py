@@ -58,7 +58,7 @@ class Run(NamedTuple):
         found: dict[str, dict[str, Any]] = {}
         for name, part in self.parts.items():
             inner = name != OPTIMIZER and not isinstance(part, Average)
-            found[name] = {"kind": kind(part), "state": part.state_dict() if inner else None}
+            found[name] = {"kind": kind(part), "state": as_json(name, part) if inner else None}
         return found
 
     def load_state(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
@@ -83,10 +83,15 @@ class OptimizerState(Stateful):
 
 class ScheduleState(Stateful):
     """A schedule's state. torchao's optimizers keep learning rates as tensors, and so do their
-    schedules: they are written as numbers, and become tensors again."""
+    schedules: they are written as numbers, and become tensors again.
 
-    def __init__(self, schedule: LRScheduler) -> None:
-        self.schedule = schedule
+    Args:
+        schedule: of the learning rate.
+        name: the config's component: schedules of many kinds are of one class.
+    """
+
+    def __init__(self, schedule: LRScheduler, name: str) -> None:
+        self.schedule, self.name = schedule, name
 
     def state_dict(self) -> dict[str, Any]:
         return self.schedule.state_dict()
@@ -100,34 +105,63 @@ class ScheduleState(Stateful):
 
 
 def kind(part: Stateful) -> str:
-    """What a part is: the class of what it keeps the state of."""
-    inner: object = part
-    if isinstance(part, OptimizerState):
-        inner = part.optimizer
-    elif isinstance(part, ScheduleState):
-        inner = part.schedule
+    """What a part is: the class of what it keeps the state of, or the config's name of it."""
+    if isinstance(part, ScheduleState):
+        return part.name
+    inner: object = part.optimizer if isinstance(part, OptimizerState) else part
     return f"{type(inner).__module__}.{type(inner).__qualname__}"
 
 
 def check_parts(
-    parts: Mapping[str, Stateful], stored: Mapping[str, Mapping[str, Any]], checkpoint: Path
+    parts: Mapping[str, Stateful],
+    stored: Mapping[str, Mapping[str, Any]],
+    checkpoint: Path,
+    advice: str,
 ) -> None:
     """Check that a checkpoint has the state of just these parts.
 
     Parts without any state, in the checkpoint and now, may differ.
 
+    Args:
+        parts: name → what is to be filled.
+        stored: what ``Run.state`` gave.
+        checkpoint: for the message.
+        advice: how to begin anew, for the message.
+
     Raises:
         UserError: naming the part that is missing, or of another kind.
     """
     now = {name: kind(part) for name, part in parts.items() if _has_state(name, part)}
-    then = {name: str(x["kind"]) for name, x in stored.items() if x["state"] is None or x["state"]}
+    then = {name: x["kind"] for name, x in stored.items() if x["state"] is None or x["state"]}
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
             raise UserError(
                 f"{name}: {checkpoint} was written with {_short(then.get(name))}, and the config "
-                f"has {_short(now.get(name))}: restore it, or start a new run from its weights "
-                "with checkpointer.checkpoint_dir"
+                f"has {_short(now.get(name))}: restore it, or {advice}"
             )
+
+
+def as_json(name: str, part: Stateful) -> Any:
+    """A part's state as JSON; learning rates that are tensors become numbers.
+
+    Raises:
+        UserError: if it holds something else than numbers, texts, lists and dicts of names.
+    """
+    state = part.state_dict()
+    try:
+        found = json.loads(json.dumps(state, default=float))
+    except (TypeError, ValueError) as error:
+        raise UserError(_refusal(name, part, str(error))) from error
+    if not isinstance(part, ScheduleState) and repr(found) != repr(state):
+        raise UserError(_refusal(name, part, "it would come back as another"))
+    return found
+
+
+def _refusal(name: str, part: Stateful, reason: str) -> str:
+    return (
+        f"{name}: the state_dict of {_short(kind(part))} goes to a JSON file: give numbers, texts, "
+        f"lists, and dicts with texts for keys ({reason})"
+    )
 
 
 def check_states(parts: Mapping[str, Stateful]) -> None:
@@ -137,15 +171,8 @@ def check_states(parts: Mapping[str, Stateful]) -> None:
         UserError: naming the part whose state holds something else than numbers and texts.
     """
     for name, part in parts.items():
-        if name == OPTIMIZER or isinstance(part, Average):
-            continue
-        try:
-            json.dumps(part.state_dict(), default=float)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{name}: the state_dict of {_short(kind(part))} goes to a JSON file: give "
-                f"numbers, texts, lists and dicts ({error})"
-            ) from error
+        if name != OPTIMIZER and not isinstance(part, Average):
+            as_json(name, part)
 
 
 def _has_state(name: str, part: Stateful) -> bool:

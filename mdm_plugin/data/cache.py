@@ -3,18 +3,22 @@
 An entry is a directory of ``$MDM_PLUGIN_HOME/rows`` (``~/.cache/mdm_plugin/rows``), named by a hash
 of all that its rows depend on: the source, the tokenizer, the options, and the code that reads
 them. It holds rows.arrow (an Arrow stream: ``datasets.Dataset.from_file`` opens it too), bad.jsonl
-(the rows that were left out) and facts.json, and exists under its name only when it is whole. An
-entry can be removed at any time when no run uses it: the next start makes it again.
+(the rows that were left out) and facts.json. It gets its name when it is whole, what it holds is
+compared with its facts when it is opened, and one that is not as it was written is made anew. An
+entry can be removed at any time when no run uses it.
 """
 
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from mdm_plugin import __version__
@@ -23,12 +27,13 @@ from mdm_plugin.errors import UserError
 
 ROWS, BAD, FACTS = "rows.arrow", "bad.jsonl", "facts.json"
 Tokens = tuple[list[int], list[bool]]  # ids, eligible
+# Given the file for bad rows: the rows, and what gives the report on them when they have been read.
+Read = Callable[[Path], tuple[Iterator[Tokens], Callable[[], str]]]
 
 
 def home() -> Path:
-    """Where this machine's entries are."""
-    root = os.environ.get("MDM_PLUGIN_HOME") or "~/.cache/mdm_plugin"
-    return Path(root).expanduser() / "rows"
+    """Where this machine keeps what the package makes."""
+    return Path(os.environ.get("MDM_PLUGIN_HOME") or "~/.cache/mdm_plugin").expanduser()
 
 
 def entry_name(identity: dict[str, Any]) -> str:
@@ -40,15 +45,14 @@ def entry_name(identity: dict[str, Any]) -> str:
     return sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cached(
-    identity: dict[str, Any], read: Callable[[Path], tuple[Iterator[Tokens], Callable[[], str]]]
-) -> tuple[Rows, Path]:
+def cached(identity: dict[str, Any], read: Read) -> tuple[Rows, Path]:
     """The rows of ``identity``, from their entry; made by one process of this machine if missing.
+
+    Under torchrun that is the machine's first rank, whose errors are the ones that are shown.
 
     Args:
         identity: all that the rows depend on, as JSON.
-        read: reads the rows: given the file for bad rows, an iterator of them, and what gives the
-            report on them when they have been read.
+        read: reads them.
 
     Returns:
         The rows, and the file of those that were left out.
@@ -56,30 +60,83 @@ def cached(
     Raises:
         UserError: if the entry cannot be written; and what ``read`` raises.
     """
-    directory = home() / entry_name(identity)
-    if not directory.is_dir():
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
+    directory = home() / "rows" / entry_name(identity)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return _wait(directory), directory / BAD
+    failure = _failure(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        failure.unlink(missing_ok=True)
+        rows = _opened(directory)
+        if rows is None:
             with FileLock(f"{directory}.lock"):
-                if not directory.is_dir():
-                    _write(directory, read)
-        except OSError as error:
-            raise UserError(
-                f"dataset: its tokens cannot be written to {directory.parent}: {error.strerror}: "
-                "make room, or name another place by the environment's MDM_PLUGIN_HOME"
-            ) from error
-    stored = json.loads((directory / FACTS).read_text())
-    return Rows.open(directory / ROWS, Facts(**stored)), directory / BAD
+                rows = _opened(directory) or _write(directory, read)
+        return rows, directory / BAD
+    except OSError as error:
+        line = (
+            f"dataset: its tokens cannot be written to {directory.parent}: {error.strerror}: make "
+            "room, or name another place by the environment's MDM_PLUGIN_HOME"
+        )
+        _tell(failure, line)
+        raise UserError(line) from error
+    except UserError as error:
+        _tell(failure, str(error))
+        raise
 
 
-def _write(
-    directory: Path, read: Callable[[Path], tuple[Iterator[Tokens], Callable[[], str]]]
-) -> None:
+def _failure(directory: Path) -> Path:
+    """Where the first rank of this launch says that it failed."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    launch = "-".join([str(os.getppid()), *(os.environ.get(name, "") for name in names)])
+    return directory.with_suffix(f".failed-{launch}")
+
+
+def _tell(failure: Path, line: str) -> None:
+    """Tell the other ranks, of which there may be none."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and failure.parent.is_dir():
+        failure.write_text(line)
+
+
+def _wait(directory: Path) -> Rows:
+    """The rows, when the machine's first rank has them; or its error."""
+    failure = _failure(directory)
+    while True:
+        if failure.is_file():
+            raise UserError(failure.read_text())
+        if (rows := _opened(directory)) is not None:
+            return rows
+        time.sleep(0.1)
+
+
+def _opened(directory: Path) -> Rows | None:
+    """The rows of an entry; None if there is none, or it is not as it was written."""
+    if not (directory / FACTS).is_file():
+        return None
+    try:
+        stored = json.loads((directory / FACTS).read_text())
+        if (directory / ROWS).stat().st_size != stored["bytes"] or not (directory / BAD).is_file():
+            return None
+        rows = Rows.open(directory / ROWS, Facts(**stored["facts"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = int(rows.lengths_of(torch.arange(len(rows))).sum()) == rows.facts.tokens
+    return rows if known and len(rows) == stored["rows"] else None
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what starts that were killed, or failed, left a day ago."""
+    for old in [*parent.glob("*.staging"), *parent.glob("*.failed-*")]:
+        if time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _write(directory: Path, read: Read) -> Rows:
     import pyarrow
 
-    staging = directory.with_suffix(".staging")  # of a process that was killed: the lock is ours
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    _sweep(directory.parent)
+    staging = Path(
+        tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".staging", dir=directory.parent)
+    )
     try:
         rows, report = read(staging / BAD)
         schema = pyarrow.schema(
@@ -90,15 +147,24 @@ def _write(
             pyarrow.ipc.new_stream(file, schema) as writer,
         ):
             for chunk in chunks(rows):
-                whole = slice(0, int(chunk.ends[-1]))
                 columns = [
                     pyarrow.ListArray.from_arrays(chunk.ends, pyarrow.array(values))
-                    for values in (chunk.tokens[whole], chunk.eligible[whole].view("uint8"))
+                    for values in (chunk.tokens, chunk.eligible.view("uint8"))
                 ]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
-        line = report()
-        facts = Rows.open(staging / ROWS, Facts(0, 0, 0, "")).find_facts(line)
-        (staging / FACTS).write_text(json.dumps(facts._asdict()))
+        found = Rows.open(staging / ROWS, Facts(0, 0, 0, ""))
+        found.facts = found.find_facts(report())
+        size = (staging / ROWS).stat().st_size
+        facts = {"rows": len(found), "bytes": size, "facts": found.facts._asdict()}
+        (staging / FACTS).write_text(json.dumps(facts))
+        for name in (ROWS, BAD, FACTS):
+            with (staging / name).open("rb+") as written:
+                os.fsync(written.fileno())
+        if directory.is_dir():
+            if (other := _opened(directory)) is not None:  # another machine's, on a shared disk
+                return other
+            shutil.rmtree(directory)
         staging.rename(directory)
+        return found
     finally:
         shutil.rmtree(staging, ignore_errors=True)

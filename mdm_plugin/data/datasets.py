@@ -49,7 +49,7 @@ def chat_dataset(
 
     Args:
         tokenizer: renders the chat template.
-        source, data_files, split, load_dataset_kwargs: see ``mdm_plugin.data.sources.read_rows``.
+        source, data_files, split, load_dataset_kwargs: see ``mdm_plugin.data.sources.find_source``.
         conversation_column: column that holds the turns; None for "messages" or, in ShareGPT's
             style, "conversations".
         conversation_style: ``openai`` or ``sharegpt``.

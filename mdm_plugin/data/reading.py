@@ -91,7 +91,15 @@ def read_once(
     """The rows of a source, tokenised now or at an earlier start.
 
     options: what ``tokens`` depends on besides the tokenizer.
+
+    Raises:
+        UserError: on a bad row, by the policy; on a tokenizer that is no ``ChatTokenizer``.
     """
+    if not isinstance(tokenizer, ChatTokenizer):
+        raise UserError(
+            f"tokenizer: {type(tokenizer).__name__} is no ChatTokenizer: derive it from "
+            "mdm_plugin.models.ChatTokenizer"
+        )
 
     def read(bad: Path) -> tuple[Iterator[Tokens], Callable[[], str]]:
         bad.write_text("")
@@ -122,25 +130,30 @@ class Reader:
     ) -> None:
         self.tokens, self.tokenizer, self.policy, self.packed = tokens, tokenizer, policy, packed
         self.limit = tokenizer.max_seq_len
-        self.read = self.cut_rows = self.cut_tokens = 0
+        self.seen = self.cut_rows = self.cut_tokens = 0
         self.names = array("q")  # a hash of each row's id: eight bytes a row
 
     def rows(self, source: Source) -> Iterator[Tokens]:
         """The valid rows; packed to the limit where that is wanted."""
         good = self._good(source)
         yield from _pack(good, self.limit) if self.packed and self.limit else good
-        if self.read == self.policy.skipped:
-            raise UserError(f"all {self.read} rows were skipped: none is valid")
+        if self.seen == self.policy.skipped:
+            raise UserError(f"all {self.seen} rows were skipped: none is valid")
 
     def _good(self, source: Source) -> Iterator[Tokens]:
         quiet = not sys.stderr.isatty()
         bar = tqdm(source.rows(), desc="Reading rows", unit=" rows", disable=quiet, leave=False)
-        for place, row in bar:
-            self.read += 1
-            try:
-                yield self._one(row)
-            except (BadRow, ValueError, KeyError) as error:
-                self.policy(place, str(error))
+        try:
+            for place, row in bar:
+                self.seen += 1
+                try:
+                    yield self._one(row)
+                except (BadRow, ValueError, KeyError) as error:
+                    self.policy(place, str(error))
+        except OSError as error:
+            raise UserError(
+                f"source: cannot be read after {self.seen} rows: {error.strerror or error}"
+            ) from error
 
     def _one(self, row: Any) -> Tokens:
         if isinstance(row, Invalid):
@@ -168,14 +181,14 @@ class Reader:
         """One line on what was cut, left out or repeated; empty if nothing."""
         found, skipped = [], self.policy.skipped
         if repeated := len(self.names) - len(numpy.unique(numpy.frombuffer(self.names, "int64"))):
-            found.append(f"{repeated} of {self.read} rows repeat the id of another")
+            found.append(f"{repeated} of {self.seen} rows repeat the id of another")
         if skipped:
             found.append(
-                f"skipped {skipped} of {self.read} rows that were not valid or had no response"
+                f"skipped {skipped} of {self.seen} rows that were not valid or had no response"
             )
         if self.cut_rows:
             found.append(
-                f"cut {self.cut_rows} of {self.read} rows to {self.limit} tokens: "
+                f"cut {self.cut_rows} of {self.seen} rows to {self.limit} tokens: "
                 f"{self.cut_tokens} tokens are lost"
             )
         return "; ".join(found)

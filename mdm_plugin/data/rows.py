@@ -51,9 +51,16 @@ class Chunk(NamedTuple):
     tokens: [T], int32. eligible: [T], bool. ends: [rows + 1], where each row begins, and the end.
     """
 
+    tokens: NDArray[Any]
+    eligible: NDArray[Any]
+    ends: NDArray[Any]
+
+
+class Part(NamedTuple):
+    """The tokens of a chunk, and what is eligible, in memory or in a file. [T] each."""
+
     tokens: NDArray[Any] | Stored
     eligible: NDArray[Any] | Stored
-    ends: NDArray[Any]
 
 
 class Facts(NamedTuple):
@@ -83,59 +90,65 @@ class Rows(torch.utils.data.Dataset[Row]):
     """
 
     def __init__(self, rows: Iterable[tuple[list[int], list[bool]]], report: str = "") -> None:
-        self._use(list(chunks(rows)))
+        held = list(chunks(rows))
+        self._use([Part(x.tokens, x.eligible) for x in held], [x.ends for x in held])
         self.facts = self.find_facts(report)
 
     @classmethod
     def open(cls, file: Path, facts: Facts) -> "Rows":
         """The rows of an Arrow file that ``mdm_plugin.data.cache`` wrote, left where they are.
 
-        In memory are four bytes for each row, where it ends; tokens are read as they are needed.
+        In memory are eight bytes for each row, where it ends; tokens are read as they are needed.
         Processes of one machine share what the system keeps of the file.
+
+        Raises:
+            OSError, ValueError: if it is no such file.
         """
         import pyarrow
 
-        opened = file.open("rb")
+        opened, parts, ends = file.open("rb"), [], []
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             # Where the file has its arrays: the addresses of the mapped ones, from its start.
             whole = pyarrow.py_buffer(mapped)
-            parts = []
             for batch in pyarrow.ipc.open_stream(whole):
                 tokens, eligible = batch.column("tokens"), batch.column("eligible")
                 places = [x.values.buffers()[1].address - whole.address for x in (tokens, eligible)]
                 parts.append(
-                    Chunk(
-                        Stored(opened, places[0], "int32"),
-                        Stored(opened, places[1], "bool"),
-                        tokens.offsets.to_numpy().copy(),
-                    )
+                    Part(Stored(opened, places[0], "int32"), Stored(opened, places[1], "bool"))
                 )
+                ends.append(tokens.offsets.to_numpy().copy())
                 del tokens, eligible, batch
             del whole
         self = cls.__new__(cls)
-        self._use(parts)
+        self._use(parts, ends)
         self.facts = facts
         return self
 
-    def _use(self, parts: list[Chunk]) -> None:
-        self._chunks = parts
-        self._starts = numpy.cumsum([0, *(len(x.ends) - 1 for x in parts)])
+    def _use(self, parts: list[Part], ends: list[NDArray[Any]]) -> None:
+        self._parts = parts
+        # Where each part begins among all tokens, and where each row does; and the ends.
+        self._starts = numpy.cumsum([0, *(int(x[-1]) for x in ends)])
+        within = [
+            x[1:].astype(numpy.int64) + start for x, start in zip(ends, self._starts, strict=False)
+        ]
+        self._ends = numpy.concatenate([numpy.zeros(1, numpy.int64), *within])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._ends) - 1
 
-    def _find(self, index: int) -> tuple[Chunk, int, int]:
-        """A row's chunk, and where in it the row begins and ends."""
-        number = int(numpy.searchsorted(self._starts, index, side="right")) - 1
-        chunk, place = self._chunks[number], index - int(self._starts[number])
-        return chunk, int(chunk.ends[place]), int(chunk.ends[place + 1])
+    def _read(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A row's tokens, and what of them is eligible."""
+        start, end = int(self._ends[index]), int(self._ends[index + 1])
+        number = int(numpy.searchsorted(self._starts, start, side="right")) - 1
+        part, first = self._parts[number], int(self._starts[number])
+        place = slice(start - first, end - first)
+        return part.tokens[place], part.eligible[place]
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        chunk, start, end = self._find(index)
-        tokens = torch.from_numpy(chunk.tokens[start:end].astype(numpy.int64))
-        return Row(tokens, torch.from_numpy(chunk.eligible[start:end].copy()))
+        tokens, eligible = self._read(index)
+        return Row(torch.from_numpy(tokens.astype(numpy.int64)), torch.from_numpy(eligible.copy()))
 
     def padded(self, indices: Tensor, length: int, fill: int) -> tuple[Tensor, Tensor, Tensor]:
         """Some rows, filled to ``length``: tokens, eligible, and what is no filling; [R, length].
@@ -146,21 +159,20 @@ class Rows(torch.utils.data.Dataset[Row]):
         eligible, real = torch.zeros(2, len(indices), length, dtype=torch.bool)
         ids, may_be_masked, no_filling = tokens.numpy(), eligible.numpy(), real.numpy()
         for i, index in enumerate(indices.tolist()):
-            chunk, start, end = self._find(index)
-            ids[i, : end - start] = chunk.tokens[start:end]
-            may_be_masked[i, : end - start] = chunk.eligible[start:end]
-            no_filling[i, : end - start] = True
+            own, eligible_here = self._read(index)
+            ids[i, : len(own)] = own
+            may_be_masked[i, : len(own)] = eligible_here
+            no_filling[i, : len(own)] = True
         return tokens, eligible, real
 
     def lengths_of(self, indices: Tensor) -> Tensor:
         """Tokens of some rows. indices [R] → [R], long."""
-        found = (self._find(index) for index in indices.tolist())
-        return torch.tensor([end - start for _, start, end in found], dtype=torch.long)
+        index = indices.numpy()
+        return torch.from_numpy(self._ends[index + 1] - self._ends[index])
 
     def eligible_of(self, indices: Tensor) -> Tensor:
         """Eligible tokens of some rows. indices [R] → [R], long."""
-        found = (self._find(index) for index in indices.tolist())
-        counts = [int(chunk.eligible[start:end].sum()) for chunk, start, end in found]
+        counts = [int(self._read(index)[1].sum()) for index in indices.tolist()]
         return torch.tensor(counts, dtype=torch.long)
 
     def __str__(self) -> str:
@@ -169,20 +181,17 @@ class Rows(torch.utils.data.Dataset[Row]):
 
     def find_facts(self, report: str = "") -> Facts:
         """The facts, by reading all rows once for each of what is hashed."""
-        digest = blake2b(digest_size=16)
-        longest, max_token, total = 0, 0, 0
-        for chunk in self._chunks:
-            tokens = chunk.tokens[0 : int(chunk.ends[-1])]
+        digest, max_token = blake2b(digest_size=16), 0
+        sizes = [int(x) for x in numpy.diff(self._starts)]
+        for part, size in zip(self._parts, sizes, strict=True):
+            tokens = part.tokens[0:size]
             digest.update(tokens.tobytes())
             max_token = max(max_token, int(tokens.max(initial=0)))
-        for chunk in self._chunks:
-            digest.update(chunk.eligible[0 : int(chunk.ends[-1])].tobytes())
-        digest.update(numpy.int64(0).tobytes())
-        for chunk in self._chunks:
-            digest.update((chunk.ends[1:].astype(numpy.int64) + total).tobytes())
-            longest = max(longest, int(numpy.diff(chunk.ends).max(initial=0)))
-            total += int(chunk.ends[-1])
-        return Facts(total, longest, max_token, digest.hexdigest(), report)
+        for part, size in zip(self._parts, sizes, strict=True):
+            digest.update(part.eligible[0:size].tobytes())
+        digest.update(self._ends.tobytes())
+        longest = int(numpy.diff(self._ends).max(initial=0))
+        return Facts(int(self._ends[-1]), longest, max_token, digest.hexdigest(), report)
 
 
 def chunks(rows: Iterable[tuple[list[int], list[bool]]]) -> Iterator[Chunk]:

@@ -156,6 +156,12 @@ def _hub(source: str, data_files: Any, split: str, load: dict[str, Any]) -> Sour
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"source: the data set {source!r} cannot be loaded: {reason}") from error
 
+    if isinstance(data, datasets.IterableDataset):
+        raise UserError(
+            f"source: {source!r} with streaming: all rows are read before training, once, into a "
+            "file: leave streaming out"
+        )
+
     def rows() -> Iterator[tuple[str, Any]]:
         for i, row in enumerate(data, 1):
             yield f"{source}[{split}], row {i}", row

@@ -13,16 +13,19 @@ from torchtune.modules.peft import get_adapter_params
 from mdm_plugin.noise import keyed_generator
 
 
+def bare(name: str) -> str:
+    """A name without what activation checkpointing adds to it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names that checkpoints use."""
-    wrapper = "_checkpoint_wrapped_module."
-    return {name.replace(wrapper, ""): p for name, p in model.named_parameters()}
+    return {bare(name): p for name, p in model.named_parameters()}
 
 
 def adapter_names(model: nn.Module) -> set[str]:
     """Names of the adapters' parameters (LoRA, DoRA); none for a model without."""
-    wrapper = "_checkpoint_wrapped_module."
-    return {name.replace(wrapper, "") for name in get_adapter_params(model)}
+    return {bare(name) for name in get_adapter_params(model)}
 
 
 @torch.no_grad()

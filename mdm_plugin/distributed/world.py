@@ -36,14 +36,14 @@ class World(NamedTuple):
 
     def sum(self, x: Tensor) -> Tensor:
         """``x`` summed over the ranks, on the device."""
-        x = x.to(self.device)
+        x = x.to(self.device, copy=self.size > 1)
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
     def max(self, x: Tensor) -> Tensor:
         """The largest ``x`` of the ranks, on the device."""
-        x = x.to(self.device)
+        x = x.to(self.device, copy=self.size > 1)
         if self.size > 1:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x

@@ -4,6 +4,7 @@ torchtune 0.6.1 reads tokenizer.json but renders no chat template; this one rend
 jinja2's sandbox, because a template comes with downloaded weights and is code.
 """
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -12,6 +13,7 @@ from typing import Any
 
 import jinja2
 import tokenizers
+import torchtune
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torchtune.data import Message
@@ -104,11 +106,16 @@ class ChatTokenizer:
         return found
 
     def identity(self) -> str:
-        """A hash of all that the tokens of a conversation depend on."""
+        """A hash of all that the tokens of a conversation depend on, the code included."""
         ids = (self.mask_id, self.eos_id, self.max_seq_len)
-        whole = json.dumps([self.tokenizer.to_str(), tokenizers.__version__, ids])
-        whole += json.dumps([self._source, self._bos, jinja2.__version__])
-        return sha256(whole.encode()).hexdigest()
+        releases = (tokenizers.__version__, jinja2.__version__, torchtune.__version__)
+        found = sha256(
+            json.dumps([self.tokenizer.to_str(), ids, self._source, self._bos, releases]).encode()
+        )
+        for kind in type(self).__mro__[:-1]:
+            found.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+            found.update(Path(inspect.getfile(kind)).read_bytes())
+        return found.hexdigest()
 
     @staticmethod
     def _settings(file: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def read_sampler(config: Any) -> TimestepSampler:
     return found
 
 
-def read_rows(part: str, config: Any, tokenizer: ChatTokenizer) -> Rows:
+def open_rows(part: str, config: Any, tokenizer: ChatTokenizer) -> Rows:
     """The rows that ``config.dataset`` reads from ``config.dataset_path``; ``part`` for messages.
 
     Raises:
@@ -91,7 +91,7 @@ class MaskedLoader(BaseDataLoader):
         self.masking = component(config.masking, "dataloader.masking")
         path = given["tokenizer"].tokenizer_path
         self.tokenizer = ChatTokenizer(path, max_seq_len=self.length)
-        self.rows = read_rows("dataloader", config, self.tokenizer)
+        self.rows = open_rows("dataloader", config, self.tokenizer)
 
     def begin(self, loss: MaskedLoss, world: World, accumulation: int) -> None:
         """What the trainer knows, before the first batch: the loss, the ranks, and how many

@@ -4,7 +4,6 @@ Each config is a function; options of the command line change it, as in torchtit
 ``--dataloader.masking mdm_plugin.masking.Mirror --training.steps 100``.
 """
 
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torchtitan.models.utils import validate_converter_order
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.model_spec import ModelSpec
 
+from mdm_plugin.data.cache import home
 from mdm_plugin.errors import UserError
 from mdm_plugin.models.llada import LLADA_8B
 from mdm_plugin.quickstart.data import prepare_data
@@ -133,21 +133,21 @@ def _layers(shape: Shape) -> list[Any]:
 
 def quickstart_data() -> Path:
     """The quickstart's directory, with its data and tokenizer made if missing."""
-    home = Path(os.environ.get("MDM_PLUGIN_HOME", "~/.cache/mdm_plugin")).expanduser()
-    prepare_data(str(home / "quickstart"))
-    return home / "quickstart"
+    directory = home() / "quickstart"
+    prepare_data(str(directory))
+    return directory
 
 
 def llada_debugmodel() -> MDMTrainer.Config:
     """The quickstart's model, pretrained on its text: a minute on a CPU."""
-    home = quickstart_data()
+    place = quickstart_data()
     return MDMTrainer.Config(
         model_spec=model_registry("debugmodel"),
-        hf_assets_path=str(home),
+        hf_assets_path=str(place),
         loss=MaskedLoss.Config(normalize="tokens"),
         dataloader=MaskedLoader.Config(
             dataset=PACKED_TEXT,
-            dataset_path=str(home / "pretrain.jsonl"),
+            dataset_path=str(place / "pretrain.jsonl"),
             train_eos_padding=False,
         ),
         optimizer=default_adamw(lr=4e-3),
@@ -171,13 +171,13 @@ def llada_debugmodel() -> MDMTrainer.Config:
 def llada_debugmodel_sft() -> MDMTrainer.Config:
     """The quickstart's fine-tuning: P-POTS over counts, validated by the NELBO."""
     config = llada_debugmodel()
-    home = quickstart_data()
+    place = quickstart_data()
     config.loss = MaskedLoss.Config(normalize="response")
     config.dataloader = MaskedLoader.Config(
-        dataset_path=str(home / "train.jsonl"), timesteps=PARETO, masking=COUNTS
+        dataset_path=str(place / "train.jsonl"), timesteps=PARETO, masking=COUNTS
     )
     config.validator = MaskedValidator.Config(
-        enable=True, freq=25, dataset_path=str(home / "val.jsonl")
+        enable=True, freq=25, dataset_path=str(place / "val.jsonl")
     )
     return config
 

@@ -14,16 +14,16 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
-from mdm_plugin.checkpoint.parts import check_parts, kind
+from mdm_plugin.checkpoint.parts import as_json, check_parts, check_states, kind
 from mdm_plugin.contract import ProbePlan
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation import BoundEstimator
 from mdm_plugin.models import ChatTokenizer
-from mdm_plugin.titan.data import MaskedLoader, at_length, read_rows, read_sampler
+from mdm_plugin.titan.data import MaskedLoader, at_length, open_rows, read_sampler
 from mdm_plugin.titan.loss import MaskedLoss
 from mdm_plugin.training.probe import fit, fit_line, probe, probe_due, write_fit
-from mdm_plugin.training.step import Result, learn, row_losses
+from mdm_plugin.training.step import learn, row_losses
 
 
 class Denoiser(nn.Module):
@@ -56,7 +56,7 @@ class MaskedValidator(BaseValidator):
         self.loss, self.length = given["loss_fn"], given["seq_len"]
         self.metrics, path = given["metrics_processor"], given["tokenizer"].tokenizer_path
         chat = ChatTokenizer(path, max_seq_len=self.length)
-        self.rows = read_rows("validator", config, chat)
+        self.rows = open_rows("validator", config, chat)
         ranks, rank = given["dp_world_size"], given["dp_rank"]
         group = given["parallel_dims"].get_mesh("batch").get_group() if ranks > 1 else None
         device = torch.device(device_type)
@@ -100,6 +100,7 @@ class MDMTrainer(Trainer):
         self.world = World(loader.rank, loader.ranks, self.device, None, group, averages=False)
         micro_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
         loader.begin(self.loss_fn, self.world, micro_batches)
+        check_states({"dataloader.timesteps": loader.timesteps})
         model: Any = self.model_config
         size = self.loss_fn.vocab_size = model.vocab_size
         self.loss_fn.shift = model.shift
@@ -126,11 +127,11 @@ class MDMTrainer(Trainer):
         loss.kept = [] if loader.timesteps.learns else None
         super().train_step(data_iterator)
         if loss.kept is not None:
-            results = [
-                Result(batch, torch.zeros(()), row_losses(batch, ce))
+            losses = [
+                (batch.t, row_losses(batch, ce))
                 for batch, ce in zip(loader.drawn, loss.kept, strict=True)
             ]
-            learn(loader.estimator, results, self.world)
+            learn(loader.timesteps, losses, self.world)
         if self.metrics_processor.should_log(self.step):
             self.metrics_processor.logger.log(loader.figures(), self.step)
 
@@ -153,14 +154,14 @@ class MDMTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         sampler = self.dataloader.timesteps
-        state = {"kind": kind(sampler), "state": sampler.state_dict()}
+        state = {"kind": kind(sampler), "state": as_json("dataloader.timesteps", sampler)}
         return {**super().state_dict(), "timesteps": json.dumps(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         stored, sampler = json.loads(state_dict["timesteps"]), self.dataloader.timesteps
-        place = Path(self.config.dump_folder)
-        check_parts({"dataloader.timesteps": sampler}, {"dataloader.timesteps": stored}, place)
+        name, place = "dataloader.timesteps", Path(self.config.dump_folder)
+        check_parts({name: sampler}, {name: stored}, place, "name another --dump_folder")
         sampler.load_state_dict(stored["state"])
 
 

@@ -165,8 +165,9 @@ def check_estimator(estimator: Estimator, causal: bool, where: str = "") -> None
         )
     if masking.by_count and not timesteps.unbiased:
         raise UserError(
-            f"{where}timesteps: {sampler} with {mask}: a clipped t leaves out counts, and which "
-            "ones depends on each row's length: use Bernoulli masks, or Uniform or Stratified t"
+            f"{where}timesteps: {sampler} with {mask}: without some t, it leaves out counts, "
+            "and which ones depends on each row's length: use Bernoulli masks, or Uniform or "
+            "Stratified t"
         )
     if causal != masking.causal:
         raise UserError(

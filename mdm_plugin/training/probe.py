@@ -16,6 +16,7 @@ from mdm_plugin.contract import Estimator, Probe, ProbePlan, Times, TimestepSamp
 from mdm_plugin.data.batches import GlobalBatches
 from mdm_plugin.distributed.gradients import total_norm
 from mdm_plugin.distributed.world import World
+from mdm_plugin.errors import UserError
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training.step import (
     NO_OFFLOADING,
@@ -108,12 +109,15 @@ def fit(sampler: TimestepSampler, plan: ProbePlan, measured: Probe, world: World
     """Have ``sampler`` take in a probe, the same on every rank; what to keep of it.
 
     Raises:
-        ValueError: if nothing can be made of the probe.
+        UserError: if nothing can be made of the probe.
     """
     # To 1 in 1,000, far below the probe's own error: the fit can have several optima of nearly one
     # height, and the order in which ranks summed must not choose between them.
     rounded = measured._replace(w=(measured.w.log() * 1000).round().div(1000).exp())
-    density, figures = sampler.fit(rounded)
+    try:
+        density, figures = sampler.fit(rounded)
+    except ValueError as error:
+        raise UserError(f"timesteps: {error}") from error
     shared: list[Any] = [(sampler.state_dict(), density)]
     if world.size > 1:  # the same to the last bit, whatever machines the ranks are
         dist.broadcast_object_list(shared, src=0)

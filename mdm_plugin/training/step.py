@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdm_plugin.contract import Estimator, Times
+from mdm_plugin.contract import Estimator, Times, TimestepSampler
 from mdm_plugin.data.batches import Batch, GlobalBatches
 from mdm_plugin.distributed.world import World
+from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss, Targets
 from mdm_plugin.models.transformer import MDMTransformer, row_mask
 from mdm_plugin.noise import keyed_generator
@@ -112,6 +113,11 @@ def corrupt(batch: Batch, times: Times, estimator: Estimator) -> Corrupted:
     importance = times.row_weights(batch.places, n, masking.by_count)
     views = masking(t, batch.u, batch.eligible)
     count, rows, length = views.mask.shape
+    if count != masking.views:
+        raise UserError(
+            f"masking: {type(masking).__name__} gives {count} views and declares {masking.views}: "
+            f"say views = {count}"
+        )
     hidden = views.mask if views.hidden is None else views.hidden
     return Corrupted(
         noisy=torch.where(hidden, estimator.mask_id, batch.tokens).reshape(count * rows, length),
@@ -128,7 +134,13 @@ def corrupt(batch: Batch, times: Times, estimator: Estimator) -> Corrupted:
 
 def step_times(batches: GlobalBatches, step: int, estimator: Estimator) -> Times:
     """The t of a step's global batch: a function of (seed, step) alone."""
-    return estimator.timesteps(batches.size, keyed_generator(batches.seed, "t", step))
+    times = estimator.timesteps(batches.size, keyed_generator(batches.seed, "t", step))
+    if not isinstance(times, Times):
+        raise UserError(
+            f"timesteps: {type(estimator.timesteps).__name__} gives a {type(times).__name__}: "
+            "return mdm_plugin.contract.Times(t, weight, density)"
+        )
+    return times
 
 
 def corrupted_step(batches: GlobalBatches, step: int, estimator: Estimator) -> list[Corrupted]:
@@ -202,10 +214,15 @@ def row_losses(batch: Corrupted, ce: Tensor) -> Tensor:
     return (totals * batch.row_scale.to(ce.device)).reshape(-1, len(batch.t)).mean(0)
 
 
-def learn(estimator: Estimator, results: Sequence[Result], world: World) -> None:
-    """Teach the sampler of t the row losses of a step, of all ranks; only one that ``learns``."""
-    sampler = estimator.timesteps
+def learn(sampler: TimestepSampler, losses: Sequence[tuple[Tensor, Tensor]], world: World) -> None:
+    """Teach a sampler of t what a step showed on all ranks: only one that ``learns``.
+
+    losses: t [R] and row losses [R] of each of this rank's micro-batches. A step whose tally is
+    not finite teaches nothing.
+    """
     if not sampler.learns:
         return
-    tallies = [sampler.tally(x.batch.t, x.row_losses.cpu()) for x in results]
-    sampler.update(world.sum(torch.stack(tallies).sum(0)).cpu())
+    tallies = [sampler.tally(t, values.cpu()) for t, values in losses]
+    total = world.sum(torch.stack(tallies).sum(0)).cpu()
+    if total.isfinite().all():
+        sampler.update(total)

@@ -86,7 +86,11 @@ def test_parts_come_back_and_what_is_missing_or_of_another_kind_is_one_line(trai
     expected = [x.clone() for x in average.average]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     schedule.step()
-    parts = {"timesteps": Counter(5), "lr_scheduler": ScheduleState(schedule), "ema": average}
+    parts = {
+        "timesteps": Counter(5),
+        "lr_scheduler": ScheduleState(schedule, "my.cosine"),
+        "ema": average,
+    }
     checkpointer = Checkpointer(str(tmp_path))
     path = checkpointer.save(a_run(model, optimizer, **parts), 1, {})
     state = checkpointer.load_state(path)
@@ -101,7 +105,11 @@ def test_parts_come_back_and_what_is_missing_or_of_another_kind_is_one_line(trai
         ({"timesteps": Other(1)}, "timesteps: .* with Counter, and the config has Other"),
         ({"timesteps": None}, "timesteps: .* with Counter, and the config has none"),
         ({"more": Counter(1)}, "more: .* with none, and the config has Counter"),
-        ({"lr_scheduler": None}, "lr_scheduler: .* with LambdaLR, and the config has none"),
+        (
+            {"lr_scheduler": ScheduleState(schedule, "my.linear")},
+            "lr_scheduler: .* with cosine, and the config has linear",
+        ),
+        ({"lr_scheduler": None}, "lr_scheduler: .* with cosine, and the config has none"),
         ({"ema": None}, "ema: .* with EMA, and the config has none"),
     ):
         changed = {k: x for k, x in {**parts, **change}.items() if x is not None}
@@ -113,9 +121,11 @@ def test_parts_come_back_and_what_is_missing_or_of_another_kind_is_one_line(trai
     checkpointer.load(a_run(model, optimizer, **parts, more=Counter(None)), path, state)
 
 
-def test_a_state_that_json_cannot_hold_is_said_before_training():
+@pytest.mark.parametrize("state", [torch.ones(3), torch.tensor(1.0), (1, 2), {1: 2}])
+def test_a_state_that_json_does_not_give_back_is_said_before_training(state):
     with pytest.raises(UserError, match="timesteps: the state_dict of Counter goes to a JSON file"):
-        check_states({"timesteps": Counter(torch.ones(3))})
+        check_states({"timesteps": Counter(state)})
+    check_states({"timesteps": Counter([1.5, {"a": None}])})
 
 
 def test_a_checkpoint_of_an_earlier_version_is_one_line(trained, tmp_path):

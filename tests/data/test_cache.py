@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy
@@ -49,7 +50,7 @@ def test_stored_rows_are_those_in_memory(tmp_path, monkeypatch):
         given[i][1][-1] = True
     held = Rows(given)
     stored_rows, _ = cache.cached({"x": 1}, lambda bad: (bad.write_text(""), (iter(given), str))[1])
-    assert len(stored_rows._chunks) > 30 and len(stored_rows) == 200
+    assert len(stored_rows._parts) > 30 and len(stored_rows) == 200
     assert stored_rows.facts == held.facts
     # The fingerprint of all tokens, all that is eligible, and where rows end, one after another.
     from hashlib import blake2b
@@ -70,7 +71,7 @@ def test_stored_rows_are_those_in_memory(tmp_path, monkeypatch):
         assert stored_rows.eligible_of(index).tolist() == [sum(given[i][1]) for i in index]
     import datasets
 
-    stored = datasets.Dataset.from_file(str(next(cache.home().glob("*/rows.arrow"))))
+    stored = datasets.Dataset.from_file(str(next((cache.home() / "rows").glob("*/rows.arrow"))))
     assert stored[5]["tokens"] == given[5][0]
 
 
@@ -140,9 +141,115 @@ def test_a_kill_while_it_is_written_leaves_no_half_entry(tokenizer, write_jsonl,
         patch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)  # a kill cleans up nothing
         with pytest.raises(Killed):
             chat_dataset(tokenizer, source=source)
-    assert [x for x in entries(home) if not x.endswith(".staging")] == []
+    left = entries(home)
+    assert len(left) == 1 and left.pop().endswith(".staging")
     assert len(chat_dataset(tokenizer, source=source)) == 1
-    assert len(entries(home)) == 1
+    (orphan,) = home.glob("*.staging")
+    os.utime(orphan, (0, 0))  # a day later, the next entry sweeps it away
+    chat_dataset(tokenizer, source=source, train_on_input=True)
+    assert len(entries(home)) == 2 and not orphan.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "batch", "no facts", "no list", "gone"])
+def test_an_entry_that_is_not_as_it_was_written_is_made_anew(
+    tokenizer, write_jsonl, home, damage, monkeypatch
+):
+    monkeypatch.setattr(rows, "TOKENS_PER_CHUNK", 20)
+    source = write_jsonl(*(chat(f"{i}", str(i)) for i in range(20)))
+    first = chat_dataset(tokenizer, source=source)
+    (entry,) = (x for x in home.iterdir() if x.is_dir())
+    file = entry / cache.ROWS
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "no facts":
+        (entry / cache.FACTS).write_text("")
+    elif damage == "no list":
+        (entry / cache.BAD).unlink()
+    else:
+        import pyarrow
+
+        ends, reader = [], pyarrow.ipc.open_stream(content)
+        stream = pyarrow.BufferReader(content)
+        reader = pyarrow.ipc.open_stream(stream)
+        for _ in reader:
+            ends.append(stream.tell())
+        size = {"empty": 0, "cut": len(content) // 2, "batch": ends[2]}[damage]
+        file.write_bytes(content[:size])
+    seen = reading(monkeypatch)
+    again = chat_dataset(tokenizer, source=source)
+    assert seen and again.facts == first.facts and len(again) == 20
+    assert (entry / cache.ROWS).read_bytes() == content
+
+
+def test_a_tokenizer_of_another_class_makes_another_entry_or_is_refused(
+    tokenizer, data_dir, write_jsonl
+):
+    class Upper(ChatTokenizer):
+        def encode(self, text):
+            return super().encode(text.replace("1", "2"))
+
+    source = write_jsonl(chat("1", "1"))
+    plain = chat_dataset(tokenizer, source=source)
+    other = chat_dataset(Upper(str(data_dir)), source=source)
+    assert plain[0].tokens.tolist() != other[0].tokens.tolist()
+
+    class Stranger:
+        mask_id, max_seq_len = 1, None
+
+    with pytest.raises(UserError, match="tokenizer: Stranger is no ChatTokenizer: derive it"):
+        chat_dataset(Stranger(), source=source)
+
+
+def test_a_source_that_cannot_be_read_on_is_named(tokenizer, write_jsonl, monkeypatch):
+    from mdm_plugin.data import sources
+
+    def broken(file):
+        yield f"{file}:1", chat("1", "2")
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sources, "_json", broken)
+    with pytest.raises(UserError, match="source: cannot be read after 1 rows: Input/output error"):
+        chat_dataset(tokenizer, source=write_jsonl(chat("1", "2")))
+
+
+def test_streaming_is_refused_in_a_line(tokenizer, tmp_path):
+    import datasets
+
+    place = tmp_path / "parts"
+    place.mkdir()
+    datasets.Dataset.from_list([chat("1", "2")]).to_parquet(str(place / "train.parquet"))
+    assert len(chat_dataset(tokenizer, source=str(place))) == 1
+    with pytest.raises(UserError, match="leave streaming out"):
+        chat_dataset(tokenizer, source=str(place), streaming=True)
+
+
+def test_other_ranks_wait_for_the_first_and_get_its_error(
+    tokenizer, write_jsonl, monkeypatch, tmp_path
+):
+    """The first rank of a machine reads, whoever comes first; its error is the one to show."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    source = write_jsonl(chat("1", "2"), chat("3", "4"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with ThreadPoolExecutor(1) as pool:
+
+        def second(source):
+            with monkeypatch.context() as patch:
+                patch.setenv("LOCAL_RANK", "1")
+                waiting = pool.submit(chat_dataset, tokenizer, source=source)
+                time.sleep(0.5)
+                assert not waiting.done()
+            return waiting
+
+        waiting = second(source)
+        found = chat_dataset(tokenizer, source=source)
+        assert waiting.result(20).facts == found.facts
+        bad = write_jsonl(chat("1", "2"), "{broken", name="bad.jsonl")
+        waiting = second(bad)
+        for line in ("own", "told"):
+            with pytest.raises(UserError, match=r"bad.jsonl:2: not valid JSON"):
+                chat_dataset(tokenizer, source=bad) if line == "own" else waiting.result(20)
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tokenizer, write_jsonl, monkeypatch):

@@ -71,6 +71,24 @@ def test_nelbo_is_the_exact_one_within_its_error(tiny_model, rows):
     assert abs(float(estimates.mean()) - truth) < 4 * error
 
 
+def test_the_bound_of_a_shifted_model_is_that_of_its_shifted_logits(tiny_model, rows):
+    class Unshifted(torch.nn.Module):
+        """The same predictions, each at its own place."""
+
+        max_seq_len = 96
+
+        def forward(self, tokens, *, mask, positions, head):
+            logits = tiny_model(tokens, mask=mask)
+            moved = torch.cat((logits[:, :1], logits[:, :-1]), 1)
+            return head(torch.nn.Identity(), moved.flatten(0, 1)[positions])
+
+    own = bounds(Unshifted(), rows, draws=6)
+    tiny_model.shift = True
+    torch.testing.assert_close(bounds(tiny_model, rows, draws=6).nats, own.nats)
+    tiny_model.shift = False
+    assert (bounds(tiny_model, rows, draws=6).nats - own.nats).abs().max() > 1e-3
+
+
 def test_its_error_is_that_of_other_seeds_and_its_interval_covers_the_truth(tiny_model):
     """40 rows of 4 tokens, so that an error estimated by row averages out."""
     with torch.no_grad():

@@ -56,7 +56,11 @@ def test_resuming_does_not_probe_again_and_is_the_same_run(tune, tmp_path):
     for key, more, words in (
         ("ema", ("ema._component_=mdm_plugin.training.EMA",), "written with none, and the config"),
         ("timesteps", ADAPTIVE, "written with none, and the config has Adaptive"),
-        ("lr_scheduler", ("lr_scheduler=null",), "with LambdaLR, and the config has none"),
+        (
+            "lr_scheduler",
+            ("lr_scheduler=null",),
+            "with get_linear_schedule_with_warmup, and the config has none",
+        ),
     ):
         resume = ("max_steps_per_epoch=1", "epochs=2", "resume_from_checkpoint=True")
         refused = tune(*resume, *more, out="plain", check=False)

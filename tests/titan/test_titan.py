@@ -78,8 +78,9 @@ def titan(command, home, data_dir, tmp_path):
     return run
 
 
-def method(timesteps, masking):
-    arguments = f"={json.dumps(PROBE)}" if timesteps == "ParetoOptimal" else ""
+def method(timesteps, masking, **given):
+    given = PROBE if timesteps == "ParetoOptimal" else given
+    arguments = f"={json.dumps(given)}" if given else ""
     return [
         *("--dataloader.timesteps", f"mdm_plugin.timesteps.{timesteps}{arguments}"),
         *("--dataloader.masking", f"mdm_plugin.masking.{masking}"),
@@ -132,7 +133,15 @@ def test_two_ranks_of_each_kind_are_one_rank(titan):
     """FSDP2, tensor parallel with the vocabulary split, and a pipeline, with training between."""
     pareto = method("ParetoOptimal", "FixedCount")[:-1]  # with validation
     mirror = method("Uniform", "Mirror")
-    one = titan(1, {"one": {"arguments": pareto}, "one_mirror": {"arguments": mirror}})
+    learning = method("Adaptive", "FixedCount", bins=2, warmup_rows=1)
+    one = titan(
+        1,
+        {
+            "one": {"arguments": pareto},
+            "one_mirror": {"arguments": mirror},
+            "one_learning": {"arguments": learning},
+        },
+    )
     pipeline = [
         *("--parallelism.pipeline_parallel_degree", "2"),
         *("--parallelism.pipeline_parallel_microbatch_size", "2"),
@@ -142,6 +151,7 @@ def test_two_ranks_of_each_kind_are_one_rank(titan):
         2,
         {
             "fsdp": {"arguments": [*pareto, "--training.local_batch_size", "4"]},
+            "fsdp_learning": {"arguments": [*learning, "--training.local_batch_size", "2"]},
             "tensor": {"arguments": [*pareto, *split]},
             "tensor_mirror": {"arguments": [*mirror, *split]},
             "pipeline_mirror": {"arguments": [*mirror, *pipeline]},
@@ -159,6 +169,14 @@ def test_two_ranks_of_each_kind_are_one_rank(titan):
     for name in ("fsdp", "tensor"):
         assert_close(steps(two[name]), steps(one["one"]))
         assert two[name][0]["logged"]["val/nelbo_nats_per_token"] == pytest.approx(nelbo, rel=1e-5)
+    weights = one["one_learning"][0]["logged"]["train/importance_weight_max"]
+    assert (
+        weights[0] == pytest.approx(1) and weights[2] > 1.01
+    )  # it has learnt, from all ranks' losses
+    assert two["fsdp_learning"][0]["logged"]["train/importance_weight_max"] == pytest.approx(
+        weights
+    )
+    assert_close(steps(two["fsdp_learning"]), steps(one["one_learning"]))
     assert_close(steps(two["tensor_mirror"]), steps(one["one_mirror"]))
     assert_close(steps(two["compiled"]), steps(one["one_mirror"]))
     # The last stage has the loss; all have the gradient's norm.

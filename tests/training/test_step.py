@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
@@ -79,3 +80,28 @@ def test_packed_rows_on_a_gpu_by_flex_attention():
         gradients(model, loss, packed, "cuda"), gradients(model, loss, batch, "cuda"), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_shifted_model_has_the_loss_and_the_gradient_of_its_definition(packed, causal):
+    """By full logits, one position at a time: i from i − 1, a row's first token from itself."""
+    masking = NextToken() if causal else FixedCount()
+    loss, model = MDMLoss(chunk_size=7), a_model(shift=True, causal=causal)
+    batch = a_batch(masking, loss)
+    given = pack(batch, model, torch.device("cpu")) if packed else batch
+    found = gradients(model, loss, given)
+    model.zero_grad()
+    logits = model(batch.noisy, mask=batch.attend)
+    total, length = 0.0, batch.noisy.shape[1]
+    targets = batch.targets
+    for place, label, weight in zip(
+        targets.positions.tolist(), targets.labels, targets.weights, strict=True
+    ):
+        row, i = divmod(place, length)
+        total = total + weight * F.cross_entropy(logits[row, max(i - 1, 0)], label)
+    total = total / 5
+    total.backward()
+    torch.testing.assert_close(found[0], total.detach(), rtol=1e-5, atol=1e-6)
+    for a, p in zip(found[2:], model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
