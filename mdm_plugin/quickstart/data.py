@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from mdm_plugin.checkpoint import Checkpointer
 from mdm_plugin.errors import UserError
 
 FAMILY = "chain_sum"
@@ -184,7 +185,7 @@ def _train(home: Path, config: str, name: str) -> None:
     command = [sys.executable, "-m", "mdm_full_finetune", "--config", config]
     work = home / f"{name}_run"
     done = subprocess.run([*command, f"data_dir={home}", f"output_dir={work}"], env=environment)
-    weights = sorted(work.glob("step_*/model.safetensors"))
+    weights = [x / "model.safetensors" for x in Checkpointer(str(work)).steps()]
     if done.returncode or not weights:
         raise UserError(f"prepare: {config} failed (exit code {done.returncode})")
     staging = home / f".{name}"

@@ -30,22 +30,44 @@ def _check_output(directory: Path, rank: int) -> None:
         raise UserError(f"output_dir: {directory} cannot be written: {error.strerror}") from error
 
 
+# Arguments that the recipe gives its checkpointer, and the options that they are.
+_CHECKPOINTERS = {
+    "keep_last_n": "keep_last_n",
+    "keep_best_n": "keep_best_n",
+    "asynchronous": "enable_async_checkpointing",
+}
+
+
+_POSITIVE = (
+    "batch_size gradient_accumulation_steps global_batch_size epochs max_steps_per_epoch "
+    "pad_to_multiple_of log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n "
+    "keep_best_n run_val_every_n_steps val_draws sample_new_tokens sample_steps max_questions "
+    "max_skipped_steps"
+)
+
+
 def check_sizes(cfg: DictConfig, world: World) -> int:
-    """Check the config's numbers; the accumulation steps that they come to.
+    """Check the config's numbers and options; the accumulation steps that they come to.
 
     Raises:
         UserError: naming the key.
     """
-    positive = (
-        "batch_size gradient_accumulation_steps global_batch_size epochs max_steps_per_epoch "
-        "pad_to_multiple_of log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n "
-        "keep_best_n run_val_every_n_steps val_draws sample_new_tokens sample_steps max_questions "
-        "max_skipped_steps"
-    )
     _check_output(Path(cfg.output_dir).expanduser(), world.rank)
-    for key in positive.split():
+    for key in _POSITIVE.split():
         if cfg[key] is not None and cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
+    _check_options(cfg)
+    _check_device(cfg, world.device)
+    accumulation = _accumulation(cfg, world)
+    if cfg.optimizer_in_bwd and accumulation > 1:
+        raise UserError(
+            f"optimizer_in_bwd: a step has {accumulation} micro-batches, whose gradients it would "
+            "not sum: leave it out, or make batch_size × ranks the whole batch"
+        )
+    return accumulation
+
+
+def _check_options(cfg: DictConfig) -> None:
     if cfg.batch_layout not in ("padded", "grouped", "packed"):
         raise UserError(f"batch_layout: {cfg.batch_layout}: use padded, grouped or packed")
     if cfg.batch_layout != "padded" and cfg.train_eos_padding:
@@ -53,6 +75,14 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
             f"batch_layout: {cfg.batch_layout}, but train_eos_padding makes all rows one length: "
             "set train_eos_padding=False, or leave batch_layout out"
         )
+    if cfg.dtype not in ("fp32", "bf16"):
+        raise UserError(
+            f"dtype: {cfg.dtype}: use bf16 or fp32: fp16 would need its losses scaled, and nothing "
+            "here does that"
+        )
+    for key, here in _CHECKPOINTERS.items():
+        if key in cfg.checkpointer:
+            raise UserError(f"checkpointer.{key}: set {here} at the config's top level instead")
     if cfg.timeout_minutes <= 0:
         raise UserError(f"timeout_minutes: {cfg.timeout_minutes}: use more than 0")
     if cfg.keep_best_n and not cfg.run_val_every_n_steps:
@@ -61,33 +91,29 @@ def check_sizes(cfg: DictConfig, world: World) -> int:
         raise UserError(f"clip_grad_norm: {cfg.clip_grad_norm}: use more than 0, or null")
     if cfg.run_val_every_n_steps and cfg.dataset_val is None:
         raise UserError("run_val_every_n_steps: set, but there is no dataset_val: give one")
-    if cfg.enable_activation_offloading and world.device.type != "cuda":
+    if cfg.optimizer_in_bwd and cfg.clip_grad_norm is not None:
         raise UserError(
-            f"enable_activation_offloading: works on CUDA only, and the device is {world.device}"
+            "optimizer_in_bwd: the norm of the whole gradient is never known: set "
+            "clip_grad_norm: null, or leave it out"
+        )
+
+
+def _check_device(cfg: DictConfig, device: torch.device) -> None:
+    if cfg.enable_activation_offloading and device.type != "cuda":
+        raise UserError(
+            f"enable_activation_offloading: works on CUDA only, and the device is {device}"
         )
     if cfg.enable_activation_offloading and not cfg.enable_activation_checkpointing:
         raise UserError(
             "enable_activation_offloading: needs enable_activation_checkpointing: True as well"
         )
     if cfg.enable_fp8_training and (
-        world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < (8, 9)
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
     ):
         raise UserError(
-            f"enable_fp8_training: {world.device} has no float8 products: it takes a CUDA device "
+            f"enable_fp8_training: {device} has no float8 products: it takes a CUDA device "
             "of compute capability 8.9 or more (H100, L40S)"
         )
-    accumulation = _accumulation(cfg, world)
-    if cfg.optimizer_in_bwd and accumulation > 1:
-        raise UserError(
-            f"optimizer_in_bwd: a step has {accumulation} micro-batches, whose gradients it would "
-            "not sum: leave it out, or make batch_size × ranks the whole batch"
-        )
-    if cfg.optimizer_in_bwd and cfg.clip_grad_norm is not None:
-        raise UserError(
-            "optimizer_in_bwd: the norm of the whole gradient is never known: set "
-            "clip_grad_norm: null, or leave it out"
-        )
-    return accumulation
 
 
 def _accumulation(cfg: DictConfig, world: World) -> int:

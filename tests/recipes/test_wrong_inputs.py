@@ -62,6 +62,15 @@ WRONG = {
         ["dataset.on_bad_row=skip", "dataset.bad_rows_file=/proc/nowhere/bad.jsonl"],
         "bad_rows_file: /proc/nowhere",
     ),
+    "half precision without a scaler": (["dtype=fp16"], "dtype: fp16: use bf16 or fp32"),
+    "an option in the wrong place": (
+        ["checkpointer.keep_last_n=3"],
+        "checkpointer.keep_last_n: set keep_last_n at the config's top level",
+    ),
+    "another one": (
+        ["checkpointer.asynchronous=True"],
+        "checkpointer.asynchronous: set enable_async_checkpointing at",
+    ),
     "zero epochs": (["epochs=0"], "epochs: 0: use 1 or more"),
     "override without =": (["batch_size"], "command line: "),
     "flag": (["--batch_size=4"], "write overrides as key=value"),
