@@ -127,6 +127,8 @@ class TruncatedUniform(TimestepSampler):
 class WrongPair(Masking):
     """Wrong: the second mask has rate 1 − p, and the weight of p."""
 
+    views = 2
+
     def __call__(self, t, u, eligible):
         p = masking_rate(t, EPS)
         mask = torch.stack((u < p[:, None], u >= p[:, None])) & eligible
