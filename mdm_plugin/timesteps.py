@@ -224,6 +224,8 @@ class Adaptive(TimestepSampler):
         return {"seen": self.seen.tolist(), "sums": self.sums.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["seen"]) != self.bins:
+            raise ValueError(f"bins is {self.bins}, and was {len(state['seen'])}")
         self.seen = torch.tensor(state["seen"])
         self.sums = torch.tensor(state["sums"], dtype=torch.float64)
         self._renew()

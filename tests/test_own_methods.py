@@ -9,9 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mdm_plugin.contract import Masking, Probe
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
+from mdm_plugin.distributed.world import World
+from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount
 from mdm_plugin.timesteps import Stratified
+from mdm_plugin.training.checks import as_estimator
+from mdm_plugin.training.probe import fit
+from mdm_plugin.training.step import corrupted_step
 from tests.conftest import scalars, torchrun
 from tests.forks import free_port
 from tests.toy import Toy, row_losses, z_score
@@ -42,8 +49,6 @@ def methods(tmp_path, monkeypatch):
 def taught(sampler):
     """A sampler after what a recipe would teach it."""
     if plan := sampler.probe_plan():
-        from mdm_plugin.contract import Probe
-
         sampler.fit(Probe(plan.t, plan.t, plan.t, 3 - 2 * plan.t, 0))
     if sampler.learns:
         t = torch.linspace(0.01, 0.99, 50).double()
@@ -183,3 +188,83 @@ def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_
         assert resumed["steps"] == whole["steps"][2:]
         weights = whole["logged"]["train/importance_weight_max"]
         assert (max(weights) > 1.0001) == (kind != "by count")
+
+
+WRONG = {
+    "no call": ("class X(TimestepSampler): pass", "__call__ gives the times: it is not written"),
+    "no tally": ("class X(Early):\n    learns = True", "tally goes with learns = True"),
+    "forgot learns": ("class X(Learning):\n    learns = False", "tally goes with learns = True"),
+    "no fit": (
+        "class X(Early):\n    def probe_plan(self):\n        return Probed().probe_plan()",
+        "fit goes with probe_plan",
+    ),
+    "no mask": ("class X(Masking): pass", "__call__ gives the views: it is not written"),
+    "float32": (
+        "class X(Early):\n    def __call__(self, n, generator):\n"
+        "        t, w, q = super().__call__(n, generator)\n        return Times(t.float(), w, q)",
+        r"gives t of shape \[8\] and torch.float32: 8 rows want \[8\]",
+    ),
+    "too few": (
+        "class X(Early):\n    def __call__(self, n, generator):\n"
+        "        return super().__call__(n - 1, generator)",
+        r"gives t of shape \[7\]",
+    ),
+    "beyond 1": (
+        "class X(Early):\n    def __call__(self, n, generator):\n"
+        "        t, w, q = super().__call__(n, generator)\n        return Times(t + 1, w, q)",
+        r"gives a t outside of \[0, 1\]",
+    ),
+    "prompt": (
+        "class X(BothEnds):\n    def __call__(self, t, u, eligible):\n"
+        "        views = super().__call__(t, u, eligible)\n"
+        "        return views._replace(mask=views.mask | True)",
+        "masks what is not eligible",
+    ),
+    "flat weight": (
+        "class X(BothEnds):\n    def __call__(self, t, u, eligible):\n"
+        "        views = super().__call__(t, u, eligible)\n"
+        "        return views._replace(inverse_p=views.inverse_p[0])",
+        r"and inverse_p of \[8\]: 2 views of 8 rows",
+    ),
+    "tuple": (
+        "class X(BothEnds):\n    def __call__(self, t, u, eligible):\n"
+        "        return tuple(super().__call__(t, u, eligible))",
+        "X gives a tuple: return mdm_plugin.contract.Views",
+    ),
+    "no Fitted": (
+        "class X(Probed):\n    def fit(self, measured):\n        super().fit(measured)",
+        "X.fit gives no mdm_plugin.contract.Fitted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_not_as_the_contract_says_is_one_line(methods, case):
+    """As the recipe would find it: when it is built, at the first step, or at the probe."""
+    code, words = WRONG[case]
+    namespace = dict(vars(methods))
+    exec(code, namespace)
+    part = namespace["X"]()
+    rows = Rows(([1] * 2 + [2] * 4, [False] * 2 + [True] * 4) for _ in range(8))
+    batches = GlobalBatches(rows, Split(8), Padding(0), seed=0)
+    timesteps = Stratified() if isinstance(part, Masking) else part
+    masking = part if isinstance(part, Masking) else Bernoulli()
+    with pytest.raises(UserError, match=words):
+        estimator = as_estimator(timesteps, masking, MDMLoss(), 7)
+        if plan := timesteps.probe_plan():
+            measured = Probe(plan.t, plan.t, plan.t, plan.t, 0)
+            fit(timesteps, plan, measured, World(0, 1, torch.device("cpu"), None))
+        corrupted_step(batches, 0, estimator)
+
+
+def test_an_error_within_the_user_s_file_is_named(tune, tmp_path):
+    (tmp_path / "imports.py").write_text("import nosuchthing\n")
+    (tmp_path / "syntax.py").write_text("x = 1\ndef f(:\n")
+    (tmp_path / "my_methods.py").write_text(CODE)
+    for path, words in (
+        ("imports.A", "imports.A cannot be imported: No module named 'nosuchthing'"),
+        ("syntax.A", "syntax.py:2: "),
+        ("my_methods.Learnin", "my_methods has no Learnin: did you mean Learning?"),
+    ):
+        done = tune(f"timesteps={path}", check=False)
+        assert done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]

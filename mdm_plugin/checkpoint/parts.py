@@ -65,7 +65,13 @@ class Run(NamedTuple):
         """Fill the parts whose states are in ``stored``, which ``state`` gave."""
         for name, part in self.parts.items():
             if name in stored and (state := stored[name]["state"]):
-                part.load_state_dict(state)
+                try:
+                    part.load_state_dict(state)
+                except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                    raise UserError(
+                        f"{name}: the checkpoint's state does not fit what the config gives: "
+                        f"{error}: restore its arguments"
+                    ) from error
 
 
 class OptimizerState(Stateful):
@@ -131,9 +137,11 @@ def check_parts(
     Raises:
         UserError: naming the part that is missing, or of another kind.
     """
-    now = {name: kind(part) for name, part in parts.items() if _has_state(name, part)}
-    then = {name: x["kind"] for name, x in stored.items() if x["state"] is None or x["state"]}
-    for name in sorted(now.keys() | then.keys()):
+    now = {name: kind(part) for name, part in parts.items()}
+    then = {name: x["kind"] for name, x in stored.items()}
+    held = {name for name, part in parts.items() if _has_state(name, part)}
+    held |= {name for name, x in stored.items() if x["state"] is None or x["state"]}
+    for name in sorted(held):
         if now.get(name) != then.get(name):
             raise UserError(
                 f"{name}: {checkpoint} was written with {_short(then.get(name))}, and the config "

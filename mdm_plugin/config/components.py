@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -89,11 +90,24 @@ def find_component(cfg: DictConfig, key: str, where: str = "") -> Callable[..., 
         home = f"{inner.__module__}.{getattr(inner, '__qualname__', '')}"
         if not (is_allowed(home) or path in _named_by_user):
             raise UserError(f"{refusal} (it is {home})")
-    except (InstantiationError, ValueError, TypeError, ImportError) as error:
+    except (InstantiationError, ValueError, TypeError, ImportError, SyntaxError) as error:
         raise UserError(
-            f"{where}{key}._component_: {path} cannot be imported: {last_cause(error)}"
+            f"{where}{key}._component_: {path} cannot be imported: "
+            f"{_reason(path) or last_cause(error)}"
         ) from error
     return component
+
+
+def _reason(path: str) -> str:
+    """Why the module of a path cannot be imported, or what it has in place of the last name."""
+    module, _, name = path.rpartition(".")
+    try:
+        known = [x for x in vars(importlib.import_module(module)) if not x.startswith("_")]
+    except SyntaxError as error:
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    except Exception as error:  # whatever that module does when it is imported
+        return first_line(error)
+    return "" if name in known else f"{module} has no {name}{suggest(name, known)}"
 
 
 def check_arguments(cfg: DictConfig, key: str, where: str = "") -> Callable[..., Any]:

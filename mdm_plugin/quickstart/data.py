@@ -82,7 +82,13 @@ def prepare_data(directory: str) -> None:
             tokenizer_config.json.
     """
     home = Path(directory).expanduser()
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"prepare: {home} cannot be made: {error.strerror}: name another place by data_dir, or "
+            "by the environment's MDM_PLUGIN_HOME"
+        ) from error
     with FileLock(home / ".lock_data"):
         if not (home / "tokenizer_config.json").is_file():  # written last
             print(f"Quickstart: writing its data and tokenizer to {home}", flush=True)

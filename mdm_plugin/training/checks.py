@@ -161,8 +161,24 @@ def as_estimator(
                 f"{wanted.__module__}.{wanted.__name__}"
             )
     assert isinstance(timesteps, TimestepSampler) and isinstance(masking, Masking)
+    _check_written(timesteps, masking, where)
     assert isinstance(loss, MDMLoss)
     return Estimator(timesteps, masking, loss, mask_id)
+
+
+def _check_written(timesteps: TimestepSampler, masking: Masking, where: str) -> None:
+    """Check that a class has written the methods that go with what it declares."""
+    own, base, mask = type(timesteps), TimestepSampler, type(masking)
+    probed, learns = timesteps.probe_plan() is not None, timesteps.learns
+    for key, kind, written, wanted, reason in (
+        ("timesteps", own, own.__call__ is not base.__call__, True, "__call__ gives the times"),
+        ("timesteps", own, own.fit is not base.fit, probed, "fit goes with probe_plan"),
+        ("timesteps", own, own.tally is not base.tally, learns, "tally goes with learns = True"),
+        ("masking", mask, mask.__call__ is not Masking.__call__, True, "__call__ gives the views"),
+    ):
+        if written != wanted:
+            without = "is not written" if wanted else "is written without it"
+            raise UserError(f"{where}{key}: {kind.__name__}: {reason}: it {without}")
 
 
 def check_estimator(estimator: Estimator, causal: bool, where: str = "") -> None:

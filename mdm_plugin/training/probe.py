@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdm_plugin import pareto
-from mdm_plugin.contract import Estimator, Probe, ProbePlan, Times, TimestepSampler
+from mdm_plugin.contract import Estimator, Fitted, Probe, ProbePlan, Times, TimestepSampler
 from mdm_plugin.data.batches import GlobalBatches
 from mdm_plugin.distributed.gradients import total_norm
 from mdm_plugin.distributed.world import World
@@ -115,8 +115,11 @@ def fit(sampler: TimestepSampler, plan: ProbePlan, measured: Probe, world: World
     # height, and the order in which ranks summed must not choose between them.
     rounded = measured._replace(w=(measured.w.log() * 1000).round().div(1000).exp())
     try:
-        density, figures = sampler.fit(rounded)
-    except ValueError as error:
+        fitted = sampler.fit(rounded)
+        if not isinstance(fitted, Fitted):
+            raise ValueError(f"{type(sampler).__name__}.fit gives no mdm_plugin.contract.Fitted")
+        density, figures = fitted.density, json.loads(json.dumps(fitted.figures))
+    except (ValueError, TypeError) as error:
         raise UserError(f"timesteps: {error}") from error
     shared: list[Any] = [(sampler.state_dict(), density)]
     if world.size > 1:  # the same to the last bit, whatever machines the ranks are

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdm_plugin.contract import Estimator, Times, TimestepSampler
+from mdm_plugin.contract import Estimator, Times, TimestepSampler, Views
 from mdm_plugin.data.batches import Batch, GlobalBatches
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
@@ -112,12 +112,8 @@ def corrupt(batch: Batch, times: Times, estimator: Estimator) -> Corrupted:
     t, n = times.t[batch.places], batch.eligible.sum(1)
     importance = times.row_weights(batch.places, n, masking.by_count)
     views = masking(t, batch.u, batch.eligible)
+    check_views(views, estimator, batch)
     count, rows, length = views.mask.shape
-    if count != masking.views:
-        raise UserError(
-            f"masking: {type(masking).__name__} gives {count} views and declares {masking.views}: "
-            f"say views = {count}"
-        )
     hidden = views.mask if views.hidden is None else views.hidden
     return Corrupted(
         noisy=torch.where(hidden, estimator.mask_id, batch.tokens).reshape(count * rows, length),
@@ -132,14 +128,61 @@ def corrupt(batch: Batch, times: Times, estimator: Estimator) -> Corrupted:
     )
 
 
+def check_times(times: object, estimator: Estimator, n: int) -> None:
+    """Check what a sampler of t gives for n rows.
+
+    Raises:
+        UserError: if it is not as ``mdm_plugin.contract.Times`` says.
+    """
+    name = f"timesteps: {type(estimator.timesteps).__name__}"
+    if not isinstance(times, Times):
+        raise UserError(
+            f"{name} gives a {type(times).__name__}: return mdm_plugin.contract.Times(t, weight, "
+            "density)"
+        )
+    for part, x in (("t", times.t), ("weight", times.weight)):
+        if x.shape != (n,) or x.dtype != torch.float64:
+            raise UserError(
+                f"{name} gives {part} of shape {list(x.shape)} and {x.dtype}: {n} rows want [{n}] "
+                "and torch.float64"
+            )
+    if not (((times.t >= 0) & (times.t <= 1)).all() and (times.weight > 0).all()):
+        raise UserError(f"{name} gives a t outside of [0, 1], or a weight that is not above 0")
+
+
+def check_views(views: object, estimator: Estimator, batch: Batch) -> None:
+    """Check what a mask gives for the rows of a batch.
+
+    Raises:
+        UserError: if it is not as ``mdm_plugin.contract.Views`` says.
+    """
+    masking = estimator.masking
+    name, count = f"masking: {type(masking).__name__}", masking.views
+    if not isinstance(views, Views):
+        raise UserError(
+            f"{name} gives a {type(views).__name__}: return mdm_plugin.contract.Views(mask, "
+            "inverse_p)"
+        )
+    rows, length = batch.tokens.shape
+    shapes = list(views.mask.shape), list(views.inverse_p.shape)
+    if shapes[0][1:] == [rows, length] and shapes[0][0] != count:
+        raise UserError(
+            f"{name} gives {shapes[0][0]} views and declares {count}: say views = {shapes[0][0]}"
+        )
+    if shapes != ([count, rows, length], [count, rows]) or views.mask.dtype != torch.bool:
+        raise UserError(
+            f"{name} gives a mask of shape {shapes[0]} and {views.mask.dtype}, and inverse_p of "
+            f"{shapes[1]}: {count} views of {rows} rows of {length} tokens want "
+            f"{[count, rows, length]} and torch.bool, and {[count, rows]}"
+        )
+    if (views.mask & ~batch.eligible).any():
+        raise UserError(f"{name} masks what is not eligible: end with `mask & eligible`")
+
+
 def step_times(batches: GlobalBatches, step: int, estimator: Estimator) -> Times:
     """The t of a step's global batch: a function of (seed, step) alone."""
     times = estimator.timesteps(batches.size, keyed_generator(batches.seed, "t", step))
-    if not isinstance(times, Times):
-        raise UserError(
-            f"timesteps: {type(estimator.timesteps).__name__} gives a {type(times).__name__}: "
-            "return mdm_plugin.contract.Times(t, weight, density)"
-        )
+    check_times(times, estimator, batches.size)
     return times
 
 

@@ -117,6 +117,10 @@ def test_parts_come_back_and_what_is_missing_or_of_another_kind_is_one_line(trai
             checkpointer.load(a_run(model, optimizer, **changed), path, state)
     with pytest.raises(UserError, match=r"optimizer: .* with AdamW, and the config has SGD"):
         checkpointer.load(a_run(model, torch.optim.SGD(model.parameters()), **parts), path, state)
+    # One that has learnt nothing yet is of the same kind.
+    parts["timesteps"] = lazy = Counter(None)
+    checkpointer.load(a_run(model, optimizer, **parts), path, state)
+    assert lazy.count == 5
     # Parts without a state may come and go.
     checkpointer.load(a_run(model, optimizer, **parts, more=Counter(None)), path, state)
 

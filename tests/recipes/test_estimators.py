@@ -55,7 +55,7 @@ def test_resuming_does_not_probe_again_and_is_the_same_run(tune, tmp_path):
     tune("max_steps_per_epoch=1", out="plain")
     for key, more, words in (
         ("ema", ("ema._component_=mdm_plugin.training.EMA",), "written with none, and the config"),
-        ("timesteps", ADAPTIVE, "written with none, and the config has Adaptive"),
+        ("timesteps", ADAPTIVE, "written with Stratified, and the config has Adaptive"),
         (
             "lr_scheduler",
             ("lr_scheduler=null",),
@@ -69,6 +69,11 @@ def test_resuming_does_not_probe_again_and_is_the_same_run(tune, tmp_path):
     refused = tune(*ADAPTIVE, common[-2], "resume_from_checkpoint=True", out="run", check=False)
     line = refused.stderr.strip().splitlines()[-1]
     assert "with ParetoOptimal, and the config has Adaptive: restore it" in line
+    tune(*ADAPTIVE, "max_steps_per_epoch=1", out="bins")
+    more = ("max_steps_per_epoch=1", "epochs=2", "resume_from_checkpoint=True")
+    refused = tune(*ADAPTIVE, "timesteps.bins=7", *more, out="bins", check=False)
+    line = refused.stderr.strip().splitlines()[-1]
+    assert "timesteps: the checkpoint's state does not fit" in line and "bins is 7" in line
 
 
 @pytest.mark.parametrize(
