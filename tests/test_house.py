@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,13 @@ def test_the_page_of_the_rooms_names_what_is_there():
         assert any(x.is_file() for x in places), name
     numbers = [re.findall(r"^(\d)\. ", part, re.M) for part in text.split("## ")]
     assert [x[-1] for x in numbers if x] == ["7", "7"]  # stops of a row, and of a checkpoint
+
+
+def test_the_figure_of_the_rooms_can_be_drawn_and_every_arrow_goes_down():
+    """``python docs/rooms.py``, but for the file."""
+    page = runpy.run_path(str(ROOT / "docs/rooms.py"))
+    drawn = page["reduced"](page["arrows"]())
+    assert len(drawn) > 10 and {"evaluation", "data", "the maths"} <= {b for _, b in drawn}
+    for start, end in drawn:
+        assert page["ROOMS"][start][1] > page["ROOMS"][end][1], (start, end)
+    assert page["draw"]().axes

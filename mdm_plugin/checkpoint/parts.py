@@ -57,8 +57,8 @@ class Run(NamedTuple):
         """Each part's kind, and its state where that is not written elsewhere."""
         found: dict[str, dict[str, Any]] = {}
         for name, part in self.parts.items():
-            inner = name != OPTIMIZER and not isinstance(part, Average)
-            found[name] = {"kind": kind(part), "state": as_json(name, part) if inner else None}
+            state = None if _has_files(name, part) else as_json(name, part)
+            found[name] = {"kind": kind(part), "state": state}
         return found
 
     def load_state(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
@@ -139,7 +139,7 @@ def check_parts(
     """
     now = {name: kind(part) for name, part in parts.items()}
     then = {name: x["kind"] for name, x in stored.items()}
-    held = {name for name, part in parts.items() if _has_state(name, part)}
+    held = {name for name, part in parts.items() if _has_files(name, part) or part.state_dict()}
     held |= {name for name, x in stored.items() if x["state"] is None or x["state"]}
     for name in sorted(held):
         if now.get(name) != then.get(name):
@@ -179,12 +179,13 @@ def check_states(parts: Mapping[str, Stateful]) -> None:
         UserError: naming the part whose state holds something else than numbers and texts.
     """
     for name, part in parts.items():
-        if name != OPTIMIZER and not isinstance(part, Average):
+        if not _has_files(name, part):
             as_json(name, part)
 
 
-def _has_state(name: str, part: Stateful) -> bool:
-    return name == OPTIMIZER or isinstance(part, Average) or bool(part.state_dict())
+def _has_files(name: str, part: Stateful) -> bool:
+    """Whether a part's state is in files of its own, and not in state.json."""
+    return name == OPTIMIZER or isinstance(part, Average)
 
 
 def _short(kind: str | None) -> str:

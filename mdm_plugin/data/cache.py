@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def cached(identity: dict[str, Any], read: Read) -> tuple[Rows, Path]:
         rows = _opened(directory)
         if rows is None:
             with FileLock(f"{directory}.lock"):
-                rows = _opened(directory) or _write(directory, read)
+                rows = _opened(directory)  # another's, who had the lock before
+                rows = _write(directory, read) if rows is None else rows
         return rows, directory / BAD
     except OSError as error:
         line = (
@@ -126,8 +128,9 @@ def _opened(directory: Path) -> Rows | None:
 def _sweep(parent: Path) -> None:
     """Remove what starts that were killed, or failed, left a day ago."""
     for old in [*parent.glob("*.staging"), *parent.glob("*.failed-*")]:
-        if time.time() - old.stat().st_mtime > 86_400:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        with suppress(OSError):  # another start sweeps too
+            if time.time() - old.stat().st_mtime > 86_400:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _write(directory: Path, read: Read) -> Rows:

@@ -129,7 +129,8 @@ class Rows(torch.utils.data.Dataset[Row]):
         # Where each part begins among all tokens, and where each row does; and the ends.
         self._starts = numpy.cumsum([0, *(int(x[-1]) for x in ends)])
         within = [
-            x[1:].astype(numpy.int64) + start for x, start in zip(ends, self._starts, strict=False)
+            x[1:].astype(numpy.int64) + start
+            for x, start in zip(ends, self._starts[:-1], strict=True)
         ]
         self._ends = numpy.concatenate([numpy.zeros(1, numpy.int64), *within])
 

@@ -18,7 +18,7 @@ from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.titan.loss import MaskedLoss
-from mdm_plugin.training.checks import as_estimator, check_estimator
+from mdm_plugin.training.checks import as_estimator, check_estimator, derived
 from mdm_plugin.training.step import corrupted_step, global_normalizer
 
 
@@ -44,13 +44,8 @@ def read_sampler(config: Any) -> TimestepSampler:
     Raises:
         UserError: if there is none, or it is no ``TimestepSampler``.
     """
-    found = component(config.timesteps, "dataloader.timesteps")
-    if not isinstance(found, TimestepSampler):
-        raise UserError(
-            f"dataloader.timesteps: {config.timesteps} is no TimestepSampler: derive it from "
-            "mdm_plugin.contract.TimestepSampler"
-        )
-    return found
+    key = "dataloader.timesteps"
+    return derived(key, component(config.timesteps, key), TimestepSampler)
 
 
 def open_rows(part: str, config: Any, tokenizer: ChatTokenizer) -> Rows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
@@ -17,6 +17,8 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.models.transformer import HalvesRotary
+
+T = TypeVar("T")
 
 
 def _check_output(directory: Path, rank: int) -> None:
@@ -150,20 +152,24 @@ def as_estimator(
     Raises:
         UserError: if a part is not what ``mdm_plugin.contract`` says.
     """
-    for key, part, wanted in (
-        ("timesteps", timesteps, TimestepSampler),
-        ("masking", masking, Masking),
-        ("loss", loss, MDMLoss),
-    ):
-        if not isinstance(part, wanted):
-            raise UserError(
-                f"{where}{key}: {type(part).__name__} is no {wanted.__name__}: derive it from "
-                f"{wanted.__module__}.{wanted.__name__}"
-            )
-    assert isinstance(timesteps, TimestepSampler) and isinstance(masking, Masking)
-    _check_written(timesteps, masking, where)
-    assert isinstance(loss, MDMLoss)
-    return Estimator(timesteps, masking, loss, mask_id)
+    sampler = derived(f"{where}timesteps", timesteps, TimestepSampler)
+    mask = derived(f"{where}masking", masking, Masking)
+    _check_written(sampler, mask, where)
+    return Estimator(sampler, mask, derived(f"{where}loss", loss, MDMLoss), mask_id)
+
+
+def derived(key: str, part: object, wanted: type[T]) -> T:
+    """A part that a config names by ``key``, as what it is to be derived from.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if not isinstance(part, wanted):
+        raise UserError(
+            f"{key}: {type(part).__name__} is no {wanted.__name__}: derive it from "
+            f"{wanted.__module__}.{wanted.__name__}"
+        )
+    return part
 
 
 def _check_written(timesteps: TimestepSampler, masking: Masking, where: str) -> None:
