@@ -162,13 +162,28 @@ class MDMLoss(nn.Module):
             picked, head.weight, labels, weights, self.chunk_size, head.chunk or self._chunk, wanted
         )
 
-    def compile_chunks(self, backend: str = "inductor") -> None:
-        """torch.compile of the work on a chunk.
+    def compile_chunks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """torch.compile of the work on a chunk: one graph, whatever the number of masked positions.
 
-        Chunks then all have ``chunk_size`` positions, the last one filled up: one graph, whatever
-        the number of masked positions. Heads other than a plain matrix are not compiled.
+        No chunk is filled up: its number of rows is a symbol of the graph. Heads other than a plain
+        matrix are not compiled. ``backend`` is torch.compile's.
         """
-        self._chunk = torch.compile(_chunk, dynamic=False, backend=backend)
+        compiled = torch.compile(_chunk, backend=backend)
+
+        def chunk(
+            h: Tensor, weight: Tensor, labels: Tensor, weights: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            # What would be another graph: whether h requires a gradient, which evaluation's does
+            # not; and a size of 1, which torch takes for a constant.
+            h, rows = h.detach(), len(h)
+            if rows == 1:
+                h, labels, weights = (torch.cat((x, x)) for x in (h, labels, weights))
+            for x in (h, labels, weights):
+                torch._dynamo.mark_dynamic(x, 0)
+            ce, gradient = compiled(h, weight, labels, weights)
+            return ce[:rows], gradient[:rows]
+
+        self._chunk = chunk
 
 
 def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
@@ -223,19 +238,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             collected = None
             for start in range(first, group.stop, chunk_size):
                 place = slice(start, min(start + chunk_size, group.stop))
-                h, own = hidden[place], labels[place]
-                filling = chunk_size - len(h) if chunk is not _chunk else 0
-                values, gradient = chunk(
-                    F.pad(h, (0, 0, 0, filling)),
-                    weight,
-                    F.pad(own, (0, filling)),
-                    F.pad(weights[place], (0, filling)),
-                )
-                ce[place] = values[: len(h)]
-                gradient = gradient[: len(h)]
+                values, gradient = chunk(hidden[place], weight, labels[place], weights[place])
+                ce[place] = values
                 if grad_hidden is not None:
                     torch.mm(gradient, weight, out=grad_hidden[place])
-                if len(h) == group.stop - first:
+                if place == group:
                     collected = gradient
                 elif for_weight:
                     if collected is None:

@@ -10,13 +10,15 @@ from typing import Any, Literal, NamedTuple
 import numpy
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from torch import Tensor
 
-from mdm_plugin.density import Density, uniform_density
+from mdm_plugin.density import Density
 
 STARTS = 20  # of L-BFGS-B, as in the paper
 KNOTS = 1025  # of a fitted EPR's density; closer together near 0, where it may be steep
+BEYOND = 1.5  # times its value at the nearest end of the probe, at most, outside of it
+LEAST = 1e-9  # of the largest value: a density is positive
+SHARES = 41  # of the uniform density that are compared
 
 
 def probe_grid(family: Literal["epr", "piecewise"], points: int) -> Tensor:
@@ -82,6 +84,8 @@ def fit_epr(t: Tensor, w: Tensor) -> tuple[EPR, float]:
 
     20 starts of L-BFGS-B, one of them flat; t [T] and w [T] ≥ 0, fp64.
     """
+    from scipy.optimize import minimize  # a fifth of a second, and most runs fit no EPR, or once
+
     scaled = w / w.mean()
     random = numpy.random.default_rng(0)
     starts = random.normal(0.0, 2.0, (STARTS, 7))
@@ -101,22 +105,73 @@ def fit_epr(t: Tensor, w: Tensor) -> tuple[EPR, float]:
     return EPR(*_positive(torch.tensor(best, dtype=torch.float64)).tolist()), least
 
 
+def _extended(epr: EPR, t: Tensor) -> Density:
+    """The EPR's density on all of (0, 1), fitted on t [T].
+
+    Nothing was measured outside t, and exp(k·t^m) can rise a thousandfold there. So it stays
+    within what it is at the nearest end of t and half as much again; too little would cost more.
+    """
+    knots = torch.linspace(0, 1, KNOTS, dtype=torch.float64).square()
+    held = epr.root(knots.clamp(t[0], t[-1]))
+    values = epr.root(knots).clamp(held, BEYOND * held)
+    return Density(knots, values.clamp(min=float(values.max()) * LEAST))
+
+
+def _smoothed(t: Tensor, w: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Knots and values ≥ least of a piecewise-linear curve through w at t, constant beyond.
+
+    Each w is averaged over five points, by (1, 4, 6, 4, 1)/16: alone it is mostly noise.
+    """
+    knots = torch.cat((t.new_zeros(1), t, t.new_ones(1)))
+    for _ in range(2):
+        w = torch.cat((w[:1], w, w[-1:]))
+        w = (w[:-2] + 2 * w[1:-1] + w[2:]) / 4
+    return knots, torch.cat((w[:1], w, w[-1:])).clamp(min=least)
+
+
+def _left_out(t: Tensor, w: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """The piecewise density and curve at each of t as the other points predict them, [T] each."""
+    q, curve = torch.empty_like(w), torch.empty_like(w)
+    for j in range(len(t)):
+        others = torch.arange(len(t)) != j
+        knots, values = _smoothed(t[others], w[others], least)
+        q[j] = Density(knots, values)(t[j])
+        curve[j] = q[j] * torch.trapezoid(values, knots)
+    return q, curve
+
+
+def _uniform_share(t: Tensor, w: Tensor, q: Tensor, error: Tensor, mix: float) -> float:
+    """The λ ≥ mix at which (1 − λ)·q + λ has the least second moment ∫ w²/q over (0, 1).
+
+    The integral takes w constant beyond t. To its difference from the uniform density's comes
+    one standard error of it: what it would change, were each w² wrong by ``error`` [T].
+    """
+    middle = (t[1:] + t[:-1]) / 2
+    area = torch.cat((t.new_zeros(1), middle, t.new_ones(1))).diff()
+    shares = torch.linspace(mix, 1, SHARES, dtype=torch.float64)
+    change = area * (1 / torch.lerp(q, torch.ones_like(q), shares[:, None]) - 1)
+    moment = change @ w.square() + (change * error).norm(dim=1)
+    return float(shares[moment.argmin()])
+
+
 class Fit(NamedTuple):
-    """A density of t and how near it is to the probe's w.
+    """A density of t for a probe's w.
 
     density: already mixed with the uniform one.
     epr: its parameters, for that family.
-    kl, kl_uniform: KL(w ‖ q) of the mixed density and of the uniform one, on the grid.
+    mix: the uniform density's share in it; 1 where the probe shows no gain.
     """
 
     density: Density
     epr: EPR | None
-    kl: float
-    kl_uniform: float
+    mix: float
 
 
 def fit(t: Tensor, w: Tensor, *, family: Literal["epr", "piecewise"], mix: float) -> Fit:
     """The density on all of (0, 1) for a probe's w(t) on a grid.
+
+    The uniform density's share is ``mix``, or as much more as makes ∫ w²/q dt least over all of
+    (0, 1): a probe is noisy, and a density that follows its noise is worse than none.
 
     Args:
         t: [T], the probe's grid.
@@ -129,17 +184,15 @@ def fit(t: Tensor, w: Tensor, *, family: Literal["epr", "piecewise"], mix: float
     t, w = t.double(), w.double()
     if not w.isfinite().all() or not (w > 0).any():
         raise ValueError("the probe's second moments are zero or not finite: the model is broken")
-    epr = None
     if family == "epr":
         epr, _ = fit_epr(t, w)
-        knots = torch.linspace(0, 1, KNOTS, dtype=torch.float64).square()
-        values = epr.root(knots)
+        density = _extended(epr, t)
+        # Seven parameters follow little of the noise: what they gain at their own points is real.
+        at, error = density(t), torch.zeros_like(t)
     else:
-        knots = torch.cat((t.new_zeros(1), t, t.new_ones(1)))
-        values = torch.cat((w[:1], w, w[-1:]))
-    # Positive wherever the fit vanishes; the mixture lifts it further.
-    density = Density(knots, values.clamp(min=float(values.max()) * 1e-9)).mixed(mix)
-    kl, kl_uniform = (float(divergence(w, p.log(), t)) for p in (density(t), torch.ones_like(t)))
-    if kl > kl_uniform:  # a fit that is worse than none
-        density, kl = uniform_density(), kl_uniform
-    return Fit(density, epr, kl, kl_uniform)
+        epr, least = None, float(w.max()) * LEAST
+        density = Density(*_smoothed(t, w, least))
+        at, curve = _left_out(t, w, least)
+        error = w.square() - curve.square()
+    share = _uniform_share(t, w, at, error, mix)
+    return Fit(density.mixed(share), epr, share)

@@ -96,12 +96,13 @@ class ParetoOptimal(TimestepSampler):
 
     Args:
         family: ``"epr"``, the paper's parametric family; ``"piecewise"``, linear between the
-            points of the probe.
+            points of the probe, smoothed.
         target: what q is best for: ``"loss"``, as in the paper, or ``"gradient"``, with the second
             moment of the gradient in place of g² + v: its variance is the one that
             training feels.
-        mix: λ of q = (1 − λ)·p + λ, in (0, 1]. A small probe can miss the rare large losses of
-            some t; λ bounds what that costs, and costs little itself (docs/variance.md).
+        mix: least λ of q = (1 − λ)·p + λ, in (0, 1]. A small probe can miss the rare large losses
+            of some t; λ bounds what that costs, and costs little itself (docs/variance.md). It is
+            more, up to 1, where the probe shows less gain than noise.
         grid, rows, masks: the probe has grid values of t × rows × masks; forwards for the loss,
             forwards and backwards for the gradient.
         refit_every_n_steps: probe and fit again; None for once, at the start.
@@ -151,7 +152,7 @@ class ParetoOptimal(TimestepSampler):
         fitted = pareto.fit(measured.t, measured.w, family=self.family, mix=self.mix)
         self.density = fitted.density
         epr = fitted.epr._asdict() if fitted.epr else None
-        return Fitted(fitted.density, {"family": self.family, "mix": self.mix, "epr": epr})
+        return Fitted(fitted.density, {"family": self.family, "mix": fitted.mix, "epr": epr})
 
     def state_dict(self) -> dict[str, Any]:
         return {"density": self.density.state_dict() if self.density else None}

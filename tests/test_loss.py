@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mdm_plugin.loss import LinearHead, MDMLoss
+from mdm_plugin.loss import LinearHead, MDMLoss, Targets
 from mdm_plugin.masking import Mirror
 
 R, L, D, V = 5, 9, 8, 13
@@ -144,26 +144,71 @@ def test_heads_of_other_kinds_get_the_gradients_of_autograd(kind, scale):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
 
 
+def some_targets(positions, seed=0):
+    """Hidden states of ``positions`` masked positions, one after another, and their targets."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.arange(positions)
+    labels = torch.randint(V, (positions,), generator=generator)
+    weights = torch.rand(positions, generator=generator)
+    hidden = torch.randn(positions, D, generator=generator).requires_grad_()
+    return hidden, Targets(place, labels, place, weights)
+
+
+def assert_same_as_eager(compiled, head, positions):
+    """Loss, CE and gradients of ``compiled`` against those over full logits."""
+    hidden, targets = some_targets(positions)
+    total, ce = compiled(head, hidden, targets)
+    exact = F.cross_entropy(head(hidden), targets.labels, reduction="none")
+    right = (exact * targets.weights).sum()
+    ours = [ce, total, *torch.autograd.grad(total, [hidden, head.weight])]
+    truth = [exact, right, *torch.autograd.grad(right, [hidden, head.weight])]
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_chunks_are_not_filled_up_and_compile_once_for_every_number_of_masks():
+    torch._dynamo.reset()  # other tests' graphs of the same code
+    head, loss = torch.nn.Linear(D, V, bias=False), MDMLoss(chunk_size=16)
+    graphs, rows = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+
+        def run(*arguments):
+            labels = [x for x in arguments if isinstance(x, torch.Tensor) and x.dtype == torch.long]
+            rows.append(len(labels[0]))
+            return graph(*arguments)
+
+        return run
+
+    loss.compile_chunks(backend)
+    assert_same_as_eager(loss, head, 5)  # the warm-up
+    assert len(graphs) == 1
+    for positions in (*range(1, 20), D, V, 31, 32, 33, 49):
+        with torch.no_grad():  # as in validation
+            loss(head, *some_targets(positions))
+        rows.clear()
+        assert_same_as_eager(loss, head, positions)
+        whole, rest = divmod(positions, 16)
+        # All in the graph, none in eager; one row alone goes twice.
+        assert rows == [16] * whole + [max(rest, 2)] * (rest > 0)
+    assert len(graphs) == 1
+
+
 @pytest.mark.slow
-def test_compiled_chunks_are_the_same_and_one_graph_for_every_number_of_masks():
+def test_chunks_compiled_by_inductor_are_the_same_and_one_graph_for_every_number_of_masks():
     from torch._dynamo.utils import counters
 
-    torch.manual_seed(0)
-    head = torch.nn.Linear(D, V, bias=False)
+    torch._dynamo.reset()
     counters.clear()
-    compiled, eager = MDMLoss(chunk_size=16), MDMLoss(chunk_size=16)
-    compiled.compile_chunks()
-    for seed in range(6):
-        tokens, eligible, mask, inverse_p, importance, hidden, _ = a_batch(seed)
-        targets = eager.targets(tokens, mask, inverse_p, importance, eligible.sum(1))
-        found = []
-        for loss in (compiled, eager):
-            h = hidden.float().requires_grad_()
-            total, ce = loss(head, h, targets)
-            found.append([ce, total, *torch.autograd.grad(total, [h, head.weight])])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    head, loss = torch.nn.Linear(D, V, bias=False), MDMLoss(chunk_size=16)
+    loss.compile_chunks()
+    for positions in (1, 5, 16, 17, 40, D, V):
+        assert_same_as_eager(loss, head, positions)
+        with torch.no_grad():
+            loss(head, *some_targets(positions))
     assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompiles"] and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("chunk_size", [4, 7, 1000])  # the room for collecting is 2·D = 16
