@@ -1,6 +1,7 @@
 """Hugging Face checkpoints of small random models, written by transformers, and those models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -36,6 +37,12 @@ TO_LLADA = {
     "lm_head": "model.transformer.ff_out",
     "model.layers": "model.transformer.blocks",
 }
+
+DREAM_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+DREAM_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def oracle(family: str, kv_heads: int = 4, dtype=torch.float32, **sizes):
@@ -110,3 +117,87 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, adapters apart."""
     files = (f for f in directory.glob("*.safetensors") if f.name != "adapter_model.safetensors")
     return {name: x for file in files for name, x in load_file(file).items()}
+
+
+def write_tokenizer(directory: Path, family: str, texts: list[str], data_dir: Path) -> None:
+    """The quickstart's tokenizer, as LLaDA's checkpoints have theirs; or one that is trained on
+    ``texts``, as Dream's have it: vocab.json and merges.txt, code of its own, no tokenizer.json."""
+    if family == "llada":
+        settings = json.loads((data_dir / "tokenizer_config.json").read_text())
+        del settings["mask_token"]  # the config names it
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+        shutil.copy(data_dir / "tokenizer.json", directory)
+        return
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size=600)
+    trained.save_model(str(directory))
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = {
+        str(i): {"content": token, "special": True, **flags}
+        for i, token in enumerate(DREAM_TOKENS, trained.get_vocab_size())
+    }
+    settings = {
+        "added_tokens_decoder": dict(reversed(added.items())),
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "chat_template": DREAM_TEMPLATE,
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "DreamTokenizer",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "tokenization_dream.py").write_text("raise SystemExit('not to be run')\n")
+
+
+def as_llada(truth):
+    """transformers' Llama with its modules under LLaDA's names, as its remote code has them."""
+
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Module()
+            self.model.transformer = torch.nn.Module()
+            self.model.transformer.blocks = torch.nn.ModuleList()
+            for layer in truth.model.layers:
+                block = torch.nn.Module()
+                block.q_proj, block.k_proj = layer.self_attn.q_proj, layer.self_attn.k_proj
+                block.v_proj, block.attn_out = layer.self_attn.v_proj, layer.self_attn.o_proj
+                block.ff_proj, block.up_proj = layer.mlp.gate_proj, layer.mlp.up_proj
+                block.ff_out = layer.mlp.down_proj
+                self.model.transformer.blocks.append(block)
+            self.model.transformer.ff_out = truth.lm_head
+            self.config, self.dtype = truth.config, truth.dtype
+
+        def forward(self, *args, **kwargs):
+            for layer, block in zip(truth.model.layers, self.model.transformer.blocks, strict=True):
+                attn, mlp = layer.self_attn, layer.mlp
+                attn.q_proj, attn.k_proj = block.q_proj, block.k_proj
+                attn.v_proj, attn.o_proj = block.v_proj, block.attn_out
+                mlp.gate_proj, mlp.up_proj = block.ff_proj, block.up_proj
+                mlp.down_proj = block.ff_out
+            return truth(*args, **kwargs)
+
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            raise NotImplementedError
+
+    return Named()
+
+
+def opened_by_transformers(directory: Path, family: str, copy: Path, **sizes):
+    """A checkpoint in transformers, fp32: Dream's as the Qwen2 that it is; LLaDA's, of which
+    transformers has no model, in Llama, by the names of its tensors."""
+    import transformers
+
+    if family == "llada":
+        model = oracle(family, **sizes)
+        back = {rename(name): name for name in model.state_dict()}
+        model.load_state_dict({back[name]: x.float() for name, x in tensors(directory).items()})
+        return model
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    return transformers.Qwen2ForCausalLM.from_pretrained(
+        copy, attn_implementation="eager", dtype=torch.float32
+    ).eval()

@@ -106,7 +106,11 @@ class GlobalBatches:
         self._order: tuple[int, Tensor] | None = None
 
     def row_indices(self, step: int) -> Tensor:
-        """Rows of the global batch of ``step`` (0, 1, … over all epochs) by place. [size], long."""
+        """Rows of the global batch of ``step`` (0, 1, … over all epochs) by place, as numbered in
+        the data set that was read. [size], long."""
+        return self.rows.numbers_of(self._indices(step))
+
+    def _indices(self, step: int) -> Tensor:
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             order = (
@@ -119,7 +123,7 @@ class GlobalBatches:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``, in the order of accumulation."""
-        indices = self.row_indices(step)
+        indices = self._indices(step)
         lengths = self.rows.lengths_of(indices)
         longest = int(lengths.max())
         batches = []

@@ -21,7 +21,7 @@ class Prompt(NamedTuple):
 def read_prompts(
     tokenizer: ChatTokenizer,
     prompt: str | None = None,
-    prompts: Any = None,
+    prompts: str | None = None,
     system_prompt: str | None = None,
     chat: bool = True,
 ) -> list[Prompt]:
@@ -42,10 +42,7 @@ def read_prompts(
     """
     if (prompt is None) == (prompts is None):
         raise UserError('prompt, prompts: give one of them: prompt="text", or prompts=file')
-    if not (prompts is None or isinstance(prompts, str) or list(prompts) == [None]):
-        raise UserError(f"prompts: {prompts}: name one file, or - for stdin")
-    source = prompts if isinstance(prompts, str) else "-"
-    rows = [("prompt", prompt)] if prompt is not None else _read(source)
+    rows = [("prompt", prompt)] if prompts is None else _read(prompts)
     found = []
     for place, row in rows:
         if isinstance(row, Invalid):
@@ -59,7 +56,7 @@ def read_prompts(
             raise UserError(f"{place}: the prompt holds the mask token itself")
         found.append(Prompt(place, dict(row), ids))
     if not found:
-        raise UserError(f"prompts: {source} has no prompts")
+        raise UserError(f"prompts: {prompts} has no prompts")
     return found
 
 

@@ -45,8 +45,13 @@ def find_source(
         load: further arguments of ``datasets.load_dataset``.
 
     Raises:
-        UserError: if a file is missing, or a data set cannot be loaded.
+        UserError: if a file is missing, a data set cannot be loaded, or ``split`` is a number.
     """
+    if not isinstance(split, str):
+        raise UserError(
+            f"split: {split}: a data set's split is a name, such as train; a share of dataset's "
+            "rows is dataset_val.split without a _component_"
+        )
     suffix = Path(source).suffix
     if source in ("json", "parquet"):
         if not data_files:

@@ -34,7 +34,7 @@ _LLADA_TOP = {
     "norm": "model.transformer.ln_f",
     "output": "model.transformer.ff_out",
 }
-_ADAPTERS = {
+ADAPTERS = {  # an adapter's tensors, and PEFT's names of them
     "lora_a.weight": "lora_A.weight",
     "lora_b.weight": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
@@ -71,7 +71,7 @@ class Naming:
         if match is None:
             raise KeyError(name)
         layer, module, kind = match.groups()
-        kind = "weight" if kind == "scale" else _ADAPTERS.get(kind, kind)
+        kind = "weight" if kind == "scale" else ADAPTERS.get(kind, kind)
         if layer is None:
             return f"{self.outer[module]}.{kind}"
         return f"{self.layers}{layer}.{self.inner[module]}.{kind}"

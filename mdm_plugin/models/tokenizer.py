@@ -19,10 +19,13 @@ from tokenizers import Tokenizer
 from torchtune.data import Message
 
 from mdm_plugin.errors import UserError
+from mdm_plugin.models.vocabulary import VOCABULARY, read_vocabulary
 
 
 class ChatTokenizer:
     """tokenizer.json and tokenizer_config.json of a directory, as torchtune's recipes use them.
+
+    Dream's has vocab.json and merges.txt in the place of tokenizer.json.
 
     Each assistant turn is tokenised apart from the text before it, so that a prompt's tokens in
     training are those that generation will start from.
@@ -58,15 +61,8 @@ class ChatTokenizer:
     ) -> None:
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise UserError(f"tokenizer.path: {file} does not exist")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(
-                f"tokenizer.path: {file} is not a tokenizer.json: {_line(error)}"
-            ) from error
         self.settings = self._settings(file.with_name("tokenizer_config.json"))
+        self.tokenizer = _read(file, self.settings)
         self.mask_token_added = False
         if add_mask_token:
             if mask_token is None:
@@ -227,6 +223,20 @@ class ChatTokenizer:
         """torchtune's transform: adds ``tokens`` and ``mask`` to a sample with ``messages``."""
         tokens, mask = self.tokenize_messages(sample["messages"], add_eos=not inference)
         return {**sample, "tokens": tokens, "mask": mask}
+
+
+def _read(file: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of the older files where that is not there."""
+    if not file.is_file():
+        if file.with_name(VOCABULARY).is_file():
+            return read_vocabulary(file.parent, settings)
+        raise UserError(f"tokenizer.path: {file} does not exist")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(
+            f"tokenizer.path: {file} is not a tokenizer.json: {_line(error)}"
+        ) from error
 
 
 def _template(source: str) -> jinja2.Template:

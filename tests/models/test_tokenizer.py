@@ -1,11 +1,13 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from torchtune.data import Message
 
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
+from tests.checkpoints import DREAM_TOKENS, write_tokenizer
 
 
 def messages(*turns):
@@ -88,3 +90,68 @@ def test_tokens_given_as_objects_and_templates_in_a_file(data_dir, tmp_path):
     assert one.mask_id == other.mask_id
     turns = [{"role": "user", "content": "2 + 2 ="}]
     assert one.prompt(turns) == other.prompt(turns)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory, data_dir):
+    directory = tmp_path_factory.mktemp("released")
+    write_tokenizer(directory, "Dream", [Path(__file__).read_text()], data_dir)
+    return directory
+
+
+TEXTS = [
+    "It's a test: they'LL see, we've 1234 + 56 = 1290.\n\n  Two spaces,\ttabs\r\n and lines \n",
+    "    def f(x):\n        return x != 'ab'\n\n\n",
+    "Käse, naïve café, 数学题, смысл, 👩‍🔬!",
+    "e\u0301 is composed",
+    "<|im_start|>user\nhi<|im_end|>\n<|mask|><|mask|> <|endoftext|>",
+    " ",
+    "State the answer: 12 - 3 = 9\nAnswer: 9",
+]
+
+
+def test_vocab_json_and_merges_give_transformers_tokens(released):
+    from transformers import Qwen2Tokenizer
+
+    ours = ChatTokenizer(str(released))
+    theirs = Qwen2Tokenizer(str(released / "vocab.json"), str(released / "merges.txt"))
+    theirs.add_special_tokens({"additional_special_tokens": DREAM_TOKENS})
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False), text
+        assert ours.tokenizer.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+    assert ours.mask_id == theirs.convert_tokens_to_ids("<|mask|>") == ours.vocab_size - 1
+    assert ours.eos_id == ours.pad_id == ours.mask_id - 3
+    prompt = ours.prompt([{"role": "user", "content": "hi"}])
+    assert prompt == theirs.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_such_a_tokenizer_is_the_same_when_it_was_saved_as_tokenizer_json(released, tmp_path):
+    one = ChatTokenizer(str(released))
+    one.save(tmp_path)
+    other = ChatTokenizer(str(tmp_path))
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert [other.encode(x) for x in TEXTS] == [one.encode(x) for x in TEXTS]
+    assert one.identity() == other.identity()
+
+
+def test_files_of_a_tokenizer_that_are_not_understood_are_named(released, tmp_path):
+    def refused(*, remove=None, **settings):
+        for file in released.iterdir():
+            shutil.copy(file, tmp_path)
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        if remove:
+            (tmp_path / remove).write_text("")
+        with pytest.raises(UserError) as error:
+            ChatTokenizer(str(tmp_path))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "tokenizer_class GPT2Tokenizer" in refused(tokenizer_class="GPT2Tokenizer")
+    assert "no valid vocab.json and merges.txt" in refused(remove="vocab.json")
+    added = {"5": {"content": "<|new|>"}}
+    assert "'<|new|>' would get the id" in refused(added_tokens_decoder=added)
+    assert "added_tokens_decoder: " in refused(added_tokens_decoder={"x": {"content": "a"}})
+    assert "added_tokens_decoder: " in refused(added_tokens_decoder={"5": {"text": "a"}})
+    assert "added_tokens_decoder: " in refused(added_tokens_decoder=["a"])
