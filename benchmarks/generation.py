@@ -17,10 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from quickstart_model import Quickstart, last_checkpoint
+from quickstart_model import WORLD, Quickstart, last_checkpoint
 
 from mdm_plugin.data.prompts import read_prompts
-from mdm_plugin.evaluation import exact_match
+from mdm_plugin.evaluation import Questions, exact_match
 from mdm_plugin.generation import Decoding, Threshold, TokenIds, generate
 from mdm_plugin.models import MDMTransformer, llada
 from mdm_plugin.quickstart.data import verify
@@ -103,8 +103,8 @@ def main() -> None:
         match = exact_match(
             model,
             quickstart.tokenizer,
-            questions,
-            verify,
+            Questions(questions, verify),
+            WORLD,
             max_new_tokens=24,
             batch_size=100,
             decoding=decoding,

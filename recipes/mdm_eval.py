@@ -4,10 +4,12 @@
     tune run --nproc_per_node 8 mdm_eval --config my.yaml tasks=[nelbo,exact_match]
     tune run mdm_eval --config my.yaml tasks=[reasoning_gym/chain_sum] reasoning_gym.size=200
     tune run mdm_eval --config my.yaml tasks=[gsm8k] lm_eval.num_fewshot=4  # needs lm-eval
+    tune run --nproc_per_node 8 mdm_eval --config my.yaml data_parallel_shard_dim=-1
     python -m mdm_plugin.evaluation.compare before/ after/ --figure difference.png
 
 Each row's result is written as it comes: the same command after a kill goes on where it was. Each
-rank holds the model and takes its share of the rows; the figures do not depend on how many.
+rank holds the model and takes its share of the rows; the figures do not depend on how many. A model
+that one device cannot hold is sharded over data_parallel_shard_dim ranks: the same figures, slower.
 
 Every option with its default: ``EvalOptions`` in ``mdm_plugin/config/options.py``.
 """
@@ -15,7 +17,7 @@ Every option with its default: ``EvalOptions`` in ``mdm_plugin/config/options.py
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,17 @@ from mdm_plugin.config.options import EvalOptions
 from mdm_plugin.config.secrets import redacted
 from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt, read_prompts
+from mdm_plugin.distributed.uneven import uneven_forwards
 from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation.exact_match import wilson
+from mdm_plugin.evaluation.exact_match import Questions, wilson
 from mdm_plugin.evaluation.harness_tasks import check_harness_task, run_harness_task
 from mdm_plugin.evaluation.inference import load_model, read_decoding
 from mdm_plugin.evaluation.nelbo import Bound, BoundEstimator, summary
 from mdm_plugin.evaluation.reasoning import reasoning_gym_task
 from mdm_plugin.evaluation.results import Parts
+from mdm_plugin.evaluation.sharing import share
 from mdm_plugin.generation import generate
-
-Verifier = Callable[[str, Mapping[str, Any]], bool]
 
 
 class MDMEval:
@@ -57,11 +59,11 @@ class MDMEval:
             raise UserError(f"draws: {cfg.draws}: use 2 or more: one gives no interval")
         self.tokenizer = instantiate(cfg, "tokenizer")
         self.rows: Rows | None = None
-        self.prompts: dict[str, tuple[list[Prompt], Verifier]] = {}
+        self.questions: dict[str, Questions] = {}
         for task in cfg.tasks:
             self.read(task)
-        prompts = [prompt for task, _ in self.prompts.values() for prompt in task]
-        self.model, weights = load_model(
+        prompts = [prompt for x in self.questions.values() for prompt in x.prompts]
+        self.model, files = load_model(
             cfg, world, self.tokenizer, prompts, self.rows, purpose="evaluate"
         )
         # Each rank has rows of its own.
@@ -69,8 +71,8 @@ class MDMEval:
             self.tokenizer, world.alone(), cfg.batch_size, cfg.draws, cfg.seed
         )
         self.identity = {
-            "checkpoint": str(weights.directory),
-            "checkpoint_sha256": _digest(sorted(set(weights.where.values()))),
+            "checkpoint": str(files[0].parent),
+            "checkpoint_sha256": _digest(files),
             "config": OmegaConf.to_container(redacted(cfg)),
         }
         self.begin()
@@ -86,16 +88,15 @@ class MDMEval:
             if cfg.rows is None or cfg.verifier is None:
                 raise UserError("tasks: exact_match needs rows, a file, and verifier")
             verify = instantiate(cfg, "verifier")
-            self.prompts[task] = read_prompts(self.tokenizer, prompts=cfg.rows), verify
+            prompts = read_prompts(self.tokenizer, prompts=cfg.rows)
+            self.questions[task] = Questions(prompts, verify)
         elif task.startswith("reasoning_gym/"):
             rows, verify = reasoning_gym_task(task.partition("/")[2], dict(cfg.reasoning_gym or {}))
-            self.prompts[task] = (
-                [
-                    Prompt(f"{task}[{i}]", row, self.tokenizer.prompt(row["messages"]))
-                    for i, row in enumerate(rows)
-                ],
-                verify,
-            )
+            prompts = [
+                Prompt(f"{task}[{i}]", row, self.tokenizer.prompt(row["messages"]))
+                for i, row in enumerate(rows)
+            ]
+            self.questions[task] = Questions(prompts, verify)
         else:
             check_harness_task(task, self.harness_settings())
 
@@ -119,24 +120,12 @@ class MDMEval:
     def run(self) -> None:
         start, results = time.perf_counter(), {}
         for task in self.cfg.tasks:
-            if task != "nelbo" and task not in self.prompts:
+            if task == "nelbo":
+                results[task] = _likelihood(self.records(task))
+            elif task in self.questions:
+                results[task] = _accuracy(self.records(task))
+            else:
                 results[task] = self.harness(task)
-                continue
-            parts = Parts(self.output_dir, task, self.world.rank)
-            count = len(self.rows) if task == "nelbo" and self.rows else 0
-            count = count or len(self.prompts[task][0])
-            done = parts.read()
-            pending = [i for i in range(count) if i not in done]
-            self.barrier()  # all ranks have read before any writes
-            size = self.cfg.batch_size if task != "nelbo" else max(1, self.cfg.batch_size // 4)
-            batches = [pending[i : i + size] for i in range(0, len(pending), size)]
-            mine = batches[self.world.rank :: self.world.size]
-            evaluate = self.likelihood if task == "nelbo" else self.answers
-            for batch in tqdm(mine, desc=task, unit="batch", disable=self.world.rank != 0):
-                parts.write(evaluate(task, batch))
-            self.barrier()
-            records = [x for _, x in sorted(parts.read().items())]
-            results[task] = _likelihood(records) if task == "nelbo" else _accuracy(records)
         if self.world.rank == 0:
             seconds = round(time.perf_counter() - start, 1)
             out = {**self.identity, "tasks": results, "seconds": seconds}
@@ -145,6 +134,26 @@ class MDMEval:
                 for name, value in figures.items():
                     print(f"{task:24} {name:42} {value:.6g}")
             print(f"Written to {self.output_dir / 'results.json'}")
+
+    def records(self, task: str) -> list[dict[str, Any]]:
+        """The records of a task's rows, in their order: those that are not there yet are made."""
+        if task == "nelbo":
+            assert self.rows is not None
+            lengths = self.rows.lengths_of(torch.arange(len(self.rows))).tolist()
+            evaluate, size = self.likelihood, max(1, self.cfg.batch_size // 4)
+        else:
+            lengths = [len(prompt.ids) for prompt in self.questions[task].prompts]
+            evaluate, size = self.answers, self.cfg.batch_size
+        parts = Parts(self.output_dir, task, self.world.rank)
+        done = parts.read()
+        pending = [i for i in range(len(lengths)) if i not in done]
+        self.barrier()  # all ranks have read before any writes
+        batches = share([lengths[i] for i in pending], size, self.world)
+        with uneven_forwards(self.model, self.world):
+            for batch in tqdm(batches, desc=task, unit="batch", disable=self.world.rank != 0):
+                parts.write(evaluate(task, [pending[i] for i in batch]))
+        self.barrier()
+        return [x for _, x in sorted(parts.read().items())]
 
     def likelihood(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
         """A record for each row: its bound, nats, and the variance of that."""
@@ -158,7 +167,7 @@ class MDMEval:
 
     def answers(self, task: str, batch: list[int]) -> Iterator[dict[str, Any]]:
         """A record for each prompt: the completion, and whether it is right."""
-        prompts, verify = self.prompts[task]
+        prompts, verify = self.questions[task]
         written = generate(
             self.model,
             [prompts[i].ids for i in batch],
@@ -225,7 +234,7 @@ def _digest(files: list[Path]) -> str:
 @parse(EvalOptions)
 def main(cfg: DictConfig) -> None:
     """Evaluate a masked diffusion model."""
-    with distributed(cfg.device) as world:
+    with distributed(cfg.device, cfg.data_parallel_shard_dim, replicate_dim=-1) as world:
         recipe = MDMEval(cfg, world)
         recipe.setup()
         recipe.run()

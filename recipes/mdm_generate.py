@@ -4,9 +4,11 @@
     tune run mdm_generate --config my.yaml prompts=questions.jsonl output=answers.jsonl
     cat prompts.txt | tune run mdm_generate --config my.yaml prompts=-
     tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… output=…
+    tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… data_parallel_shard_dim=-1
 
 On a terminal the text is shown while it is being unmasked. Each rank holds the model and takes
-its share of the batches; a prompt's text depends on its seed (``seed`` + its number) alone.
+its share of the batches; a prompt's text depends on its seed (``seed`` + its number) alone. A model
+that one device cannot hold is sharded over data_parallel_shard_dim ranks: the same texts, slower.
 
 Every option with its default: ``GenerateOptions`` in ``mdm_plugin/config/options.py``.
 """
@@ -19,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GenerateOptions
-from mdm_plugin.data.prompts import Prompt, read_prompts
+from mdm_plugin.data.prompts import read_prompts
+from mdm_plugin.distributed.uneven import uneven_forwards
 from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.inference import load_model, read_decoding
+from mdm_plugin.evaluation.sharing import share
 from mdm_plugin.generation import generate
 from mdm_plugin.generation.live import LiveText
 
@@ -54,27 +57,24 @@ class MDMGenerate:
 
     def run(self) -> None:
         cfg, world = self.cfg, self.world
-        starts = range(0, len(self.prompts), cfg.batch_size)
-        mine = starts[world.rank :: world.size]
-        written, forwards, start = [], 0, time.perf_counter()
+        mine = share([len(x.ids) for x in self.prompts], cfg.batch_size, world)
+        written: dict[int, dict[str, Any]] = {}
+        forwards, start = 0, time.perf_counter()
         shown = sys.stderr.isatty() if cfg.live is None else cfg.live
         live = LiveText(self.tokenizer) if shown and world.rank == 0 else None
-        quiet = world.rank != 0 or live is not None or len(starts) < 2
-        for first in tqdm(mine, desc="Generating", unit="batch", disable=quiet):
-            batch = self.prompts[first : first + cfg.batch_size]
-            lines, used = self.generate(batch, first, live)
-            forwards += used
-            written.append(lines)
-        everyone: list[Any] = [written]
-        if world.size > 1:
-            everyone = [None] * world.size
-            dist.all_gather_object(everyone, written)
-            forwards = int(world.sum(torch.tensor(forwards)))
+        quiet = world.rank != 0 or live is not None or len(mine) < 2
+        with uneven_forwards(self.model, world):
+            for batch in tqdm(mine, desc="Generating", unit="batch", disable=quiet):
+                lines, used = self.generate(batch, live)
+                forwards += used
+                written.update(zip(batch, lines, strict=True))
+        for others in world.gather(written):
+            written |= others
+        forwards = int(world.sum(torch.tensor(forwards)))
         if world.rank != 0:
             return
         seconds = time.perf_counter() - start
-        # Batch b was rank b mod size's, its number b // size.
-        lines = [x for b in range(len(starts)) for x in everyone[b % world.size][b // world.size]]
+        lines = [written[i] for i in range(len(self.prompts))]
         with self.writer() as file:
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -86,24 +86,22 @@ class MDMGenerate:
             file=sys.stderr,
         )
 
-    def generate(
-        self, batch: list[Prompt], first: int, live: LiveText | None
-    ) -> tuple[list[dict[str, Any]], int]:
-        """Lines of a batch's output, and the forwards that they took."""
-        cfg = self.cfg
+    def generate(self, batch: list[int], live: LiveText | None) -> tuple[list[dict[str, Any]], int]:
+        """Lines of output for some prompts, by their numbers, and the forwards that they took."""
+        cfg, prompts = self.cfg, [self.prompts[i] for i in batch]
         result = generate(
             self.model,
-            [prompt.ids for prompt in batch],
+            [prompt.ids for prompt in prompts],
             self.decoding,
             special=self.tokenizer,
             max_new_tokens=cfg.max_new_tokens,
-            seeds=[cfg.seed + first + i for i in range(len(batch))],
+            seeds=[cfg.seed + i for i in batch],
             on_step=live.show if live else None,
         )
         if live:
             live.end()
         lines = []
-        for prompt, ids in zip(batch, result.tokens.tolist(), strict=True):
+        for prompt, ids in zip(prompts, result.tokens.tolist(), strict=True):
             count = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
             text = self.tokenizer.decode(ids)
             lines.append({**prompt.row, "completion": text, "tokens": count})
@@ -119,7 +117,7 @@ class MDMGenerate:
 @parse(GenerateOptions)
 def main(cfg: DictConfig) -> None:
     """Write text with a masked diffusion model."""
-    with distributed(cfg.device) as world:
+    with distributed(cfg.device, cfg.data_parallel_shard_dim, replicate_dim=-1) as world:
         recipe = MDMGenerate(cfg, world)
         recipe.setup()
         recipe.run()

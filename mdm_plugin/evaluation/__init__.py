@@ -3,7 +3,7 @@
 May import: everything but quickstart and titan.
 """
 
-from mdm_plugin.evaluation.exact_match import ExactMatch, exact_match
+from mdm_plugin.evaluation.exact_match import ExactMatch, Questions, exact_match
 from mdm_plugin.evaluation.nelbo import NELBO, BoundEstimator
 
-__all__ = ["NELBO", "BoundEstimator", "ExactMatch", "exact_match"]
+__all__ = ["NELBO", "BoundEstimator", "ExactMatch", "Questions", "exact_match"]

@@ -1,13 +1,22 @@
 """Right answers, counted by a verifier."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
+import torch
 
 from mdm_plugin.data.prompts import Prompt
-from mdm_plugin.generation import Decoding, generate
+from mdm_plugin.distributed.world import World
+from mdm_plugin.evaluation.sharing import Request, complete
+from mdm_plugin.generation import Decoding
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
+
+
+class Questions(NamedTuple):
+    """Prompts to be answered, and what tells from (completion, row) whether an answer is right."""
+
+    prompts: list[Prompt]
+    verify: Callable[[str, Mapping[str, Any]], bool]
 
 
 class ExactMatch(NamedTuple):
@@ -37,38 +46,31 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 def exact_match(
     model: MDMTransformer,
     tokenizer: ChatTokenizer,
-    prompts: Sequence[Prompt],
-    verify: Callable[[str, Mapping[str, Any]], bool],
+    questions: Questions,
+    world: World,
     *,
     max_new_tokens: int,
     batch_size: int,
     decoding: Decoding | None = None,
     progress: str | None = None,
 ) -> ExactMatch:
-    """Generate an answer to each prompt and verify it.
+    """Generate an answer to each question and verify it; each rank does its share of both.
 
     Args:
-        model, tokenizer: what answers.
-        prompts: of ``read_prompts``, with their rows.
-        verify: (completion, row) → whether it is right.
+        model, tokenizer: what answers; under FSDP2, called alike on every rank.
+        questions: prompts of ``read_prompts``, with their rows.
+        world: the ranks that share them.
         max_new_tokens, decoding: see ``mdm_plugin.generation.generate``.
         batch_size: prompts per forward.
         progress: label of a progress bar; None for none.
     """
     model.eval()
-    completions: list[str] = []
-    for start in tqdm(
-        range(0, len(prompts), batch_size), desc=progress, disable=progress is None, leave=False
-    ):
-        batch = prompts[start : start + batch_size]
-        written = generate(
-            model,
-            [prompt.ids for prompt in batch],
-            decoding,
-            special=tokenizer,
-            max_new_tokens=max_new_tokens,
-            seeds=range(start, start + len(batch)),
-        )
-        completions += [tokenizer.decode(ids) for ids in written.tokens.tolist()]
-    right = sum(bool(verify(text, x.row)) for text, x in zip(completions, prompts, strict=True))
-    return ExactMatch(right, len(prompts), completions)
+    requests = [Request(x.ids, max_new_tokens, i) for i, x in enumerate(questions.prompts)]
+    written = complete(
+        model, tokenizer, requests, decoding or Decoding(), world, batch_size, progress
+    )
+    completions = [tokenizer.decode(ids) for ids in written]
+    own = range(world.rank, len(requests), world.size)
+    right = sum(bool(questions.verify(completions[i], questions.prompts[i].row)) for i in own)
+    correct = int(world.sum(torch.tensor(right)))
+    return ExactMatch(correct, len(requests), completions)

@@ -6,11 +6,10 @@ is ``lm_eval`` with the model ``mdm`` registered; ``tune run mdm_eval tasks=[gsm
 Needs the package lm-eval, which is not among this one's requirements.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -23,21 +22,37 @@ from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.inference import load_model, read_decoding
 from mdm_plugin.evaluation.nelbo import BoundEstimator
-from mdm_plugin.generation import Decoding, TokenIds, generate
+from mdm_plugin.evaluation.sharing import Request, complete, in_shares, share
+from mdm_plugin.generation import Decoding, is_greedy
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 
-T = TypeVar("T")
+
+class Pair(NamedTuple):
+    """Token ids of a context and of what follows it, and the place of the noise of its bound."""
+
+    context: list[int]
+    continuation: list[int]
+    place: int
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + len(self.continuation)
 
 
 @register_model("mdm")
 class Harness(LM):
     """A masked diffusion model as the harness wants one.
 
-    A log-likelihood is the bound of the continuation given the context (``bounds``), and a
-    continuation is "greedy" if filling it in one token at a time, the surest first, gives it.
+    A log-likelihood is the bound of the continuation given the context (``bounds``). Those of one
+    document, such as the choices of a question, share their draws of masks, so that what these add
+    to all of them cancels in the differences. A continuation is "greedy" if filling it in one token
+    at a time, the surest first, gives it (``is_greedy``).
+
+    A request's result depends on its text, its document and the seed alone: not on the requests
+    that are in its batch, nor on the ranks.
 
     Args:
-        model: in eval mode, whole on every rank.
+        model: in eval mode; it may be sharded.
         tokenizer: its tokenizer.
         decoding: for generation.
         world: every rank takes its share of the requests.
@@ -77,6 +92,11 @@ class Harness(LM):
         name = str(given.pop("config"))
         overrides = [f"{key}={value}" for key, value in given.items()]
         cfg = load_config(name, [*overrides, "output_dir=.", "tasks=[]"], EvalOptions)
+        if cfg.data_parallel_shard_dim not in (-1, 1):
+            raise UserError(
+                f"data_parallel_shard_dim: {cfg.data_parallel_shard_dim}: lm_eval's command is one "
+                "process: use mdm_eval"
+            )
         world = World(0, 1, torch.device(cfg.device), None)
         tokenizer = instantiate(cfg, "tokenizer")
         decoding = read_decoding(cfg)
@@ -102,20 +122,41 @@ class Harness(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(bound on log p(continuation | context) in nats, greedy) of each request."""
-        return self._share([self._pair(*x.args) for x in requests], self._likelihoods)
+        pairs = [self.pair(x) for x in requests]
+        return list(zip(self.bounds(pairs), self.greedy(pairs), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Bound on log p(text) in nats, in windows as long as the model takes."""
-        found = []
-        for ids in [self.tokenizer.encode(x.args[0]) for x in requests]:
-            windows = [ids[i : i + self.limit] for i in range(0, len(ids), self.limit)]
-            nats = self._share([([], w) for w in windows], self._bounds)
-            found.append(sum(nats))
+        windows, of = [], []
+        for number, x in enumerate(requests):
+            ids = self._encode(x.args[0])
+            for start in range(0, len(ids), self.limit):
+                windows.append(Pair([], ids[start : start + self.limit], _place(x, start)))
+                of.append(number)
+        found = [0.0] * len(requests)
+        for number, nats in zip(of, self.bounds(windows), strict=True):
+            found[number] += nats
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The model's text after each context, up to the first stop string."""
-        return self._share([x.args for x in requests], self._texts)
+        asked = [self._request(*x.args) for x in requests]
+        written = complete(
+            self.model,
+            self.tokenizer,
+            asked,
+            self.decoding,
+            self.world,
+            self.batch_size,
+            progress="generate_until",
+        )
+        found = []
+        for x, ids in zip(requests, written, strict=True):
+            text, until = self.tokenizer.decode(ids), x.args[1].get("until") or []
+            for stop in [until] if isinstance(until, str) else until:
+                text = text.split(stop)[0]
+            found.append(text)
+        return found
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -128,71 +169,88 @@ class Harness(LM):
         """A name for the harness's cache of requests."""
         return f"mdm-{self.tokenizer.vocab_size}"
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; a space between them belongs to the continuation."""
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        if self.tokenizer.mask_id in ids:
+            raise UserError(f"tasks: a text holds the mask token itself: {text[:60]!r}")
+        return ids
+
+    def pair(self, request: Instance) -> Pair:
+        """Tokens of a request's two texts; a space between them belongs to the continuation."""
+        context, continuation = request.args
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        before = self.tokenizer.encode(stripped)
-        whole = self.tokenizer.encode(stripped + continuation)
+        before = self._encode(stripped)
+        whole = self._encode(stripped + continuation)
         after = whole[len(before) :] if whole[: len(before)] == before else None
-        after = after or self.tokenizer.encode(continuation)
-        return before[max(0, len(before) + len(after) - self.limit) :], after[: self.limit]
+        after = after or self._encode(continuation)
+        before = before[max(0, len(before) + len(after) - self.limit) :]
+        return Pair(before, after[: self.limit], _place(request))
 
-    def _share(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[T]]) -> list[T]:
-        """``work`` on this rank's items, and all ranks' results in the items' order."""
-        mine = work(items[self.world.rank :: self.world.size])
-        if self.world.size == 1:
-            return mine
-        everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, mine)
-        return [everyone[i % self.world.size][i // self.world.size] for i in range(len(items))]
+    def _request(self, context: str, settings: dict[str, Any]) -> Request:
+        """What is to be written after a context; its last tokens, where it leaves no room."""
+        length = min(int(settings.get("max_gen_toks", self.max_new_tokens)), self.limit - 1)
+        block = self.decoding.block_length or 1
+        length = max(block, length // block * block)
+        try:
+            self.decoding.steps_per_block(length)
+        except ValueError as error:
+            raise UserError(f"decoding: a task asks for {length} tokens: {error}") from error
+        ids = self._encode(context)[-(self.limit - length) :]
+        return Request(ids or [self.tokenizer.eos_id], length, self.seed)
 
-    def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        if not pairs:
-            return []
-        rows = Rows((a + b, [False] * len(a) + [True] * len(b)) for a, b in pairs)
+    def bounds(self, pairs: list[Pair]) -> list[float]:
+        """Minus the bound of each, nats."""
         estimator = BoundEstimator(
             self.tokenizer, self.world.alone(), self.batch_size, self.draws, self.seed
         )
-        return (-estimator.bounds(self.model, rows, torch.arange(len(rows))).nats).tolist()
 
-    def _likelihoods(
-        self, pairs: Sequence[tuple[list[int], list[int]]]
-    ) -> list[tuple[float, bool]]:
-        greedy = []
-        for context, continuation in pairs:
-            start = context or [self.tokenizer.eos_id]
-            room = self.limit - len(start)
-            surest = generate(  # to the end: a continuation may go on after an EOS
-                self.model,
-                [start],
-                special=TokenIds(self.tokenizer.mask_id, self.tokenizer.pad_id),
-                max_new_tokens=min(len(continuation), room),
+        def work(batch: list[int]) -> list[float]:
+            own = [pairs[i] for i in batch]
+            rows = Rows(
+                (x.context + x.continuation, [i >= len(x.context) for i in range(x.length)])
+                for x in own
             )
-            greedy.append(surest.tokens[0].tolist() == continuation)
-        return list(zip(self._bounds(pairs), greedy, strict=True))
+            places = torch.tensor([x.place for x in own])
+            found = estimator.bounds(self.model, rows, torch.arange(len(own)), places)
+            return (-found.nats).tolist()
 
-    def _texts(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        found = []
-        for context, settings in requests:
-            length = min(int(settings.get("max_gen_toks", self.max_new_tokens)), self.limit - 1)
-            block = self.decoding.block_length or 1
-            length = max(block, length // block * block)
-            ids = self.tokenizer.encode(context)[-(self.limit - length) :]
-            written = generate(
+        batches = share([x.length for x in pairs], self.batch_size, self.world)
+        return in_shares(work, batches, self.model, self.world, "loglikelihood")
+
+    def greedy(self, pairs: list[Pair]) -> list[bool]:
+        """Whether each continuation is greedy; those as long as each other after one context are
+        followed together."""
+        together: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for i, x in enumerate(pairs):
+            start = tuple(x.context) or (self.tokenizer.eos_id,)
+            if len(start) + len(x.continuation) <= self.limit:
+                together.setdefault((start, len(x.continuation)), []).append(i)
+        asked = list(together.items())
+
+        def work(batch: list[int]) -> list[list[bool]]:
+            return is_greedy(
                 self.model,
-                [ids],
-                self.decoding,
-                special=self.tokenizer,
-                max_new_tokens=length,
-                seeds=[self.seed],
+                [asked[k][0][0] for k in batch],
+                [[pairs[i].continuation for i in asked[k][1]] for k in batch],
+                self.tokenizer,
             )
-            text = self.tokenizer.decode(written.tokens[0].tolist())
-            until = settings.get("until") or []
-            for stop in [until] if isinstance(until, str) else until:
-                text = text.split(stop)[0]
-            found.append(text)
+
+        batches = share([len(start) + n for (start, n), _ in asked], self.batch_size, self.world)
+        answers = in_shares(work, batches, self.model, self.world, "greedy")
+        found = [False] * len(pairs)
+        for (_, numbers), same in zip(asked, answers, strict=True):
+            for i, answer in zip(numbers, same, strict=True):
+                found[i] = answer
         return found
+
+
+def _place(request: Instance, window: int = 0) -> int:
+    """A place for the noise of a request: that of its document, or its context where it has none;
+    and of its window, in a long text. The same in any batch, rank and order."""
+    document = request.args[0] if request.doc_id is None else (request.task_name, request.doc_id)
+    digest = blake2b(repr((document, window)).encode(), digest_size=5).digest()
+    return int.from_bytes(digest, "little")
 
 
 def main() -> None:

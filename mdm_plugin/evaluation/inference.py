@@ -1,16 +1,17 @@
 """What mdm_generate, mdm_eval and the harness set up alike: a decoding, and a model to use."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torchtune import training
 
-from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.distributed.build import Build, build_model
+from mdm_plugin.distributed.parameters import adapter_names
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.generation import Decoding
@@ -42,11 +43,12 @@ def load_model(
     prompts: Iterable[Prompt] = (),
     rows: Rows | None = None,
     purpose: str = "use",
-) -> tuple[MDMTransformer, Weights]:
-    """A model in eval mode, whole on every rank, and the weights that it was filled from.
+) -> tuple[MDMTransformer, list[Path]]:
+    """A model in eval mode, and the files that it was filled from.
 
     Args:
-        cfg: for model, checkpointer, dtype, compile and max_new_tokens.
+        cfg: for model, checkpointer, dtype, compile, max_new_tokens and data_parallel_shard_dim:
+            the model is whole on every rank (1), or sharded over the mesh of ``world``.
         prompts, rows: what it must be able to take.
         purpose: of the weights, for the message that none are given.
 
@@ -58,10 +60,15 @@ def load_model(
         raise UserError(f"checkpointer.checkpoint_dir: not given: name the weights to {purpose}")
     model = build_model(
         lambda: instantiate(cfg, "model"),
-        world.alone(),  # each rank holds the whole
+        world.alone() if cfg.data_parallel_shard_dim == 1 else world,
         training.get_dtype(cfg.dtype, device=world.device),
         Build(compile=cfg.compile),
     ).eval()
+    if adapter_names(model) and checkpointer.adapters is None:
+        raise UserError(
+            "checkpointer.adapter_checkpoint: not given, and the model has adapters: name a step_N "
+            "with theirs, or the model's builder without lora_, for weights that have them merged"
+        )
     check_checkpoint(checkpointer.weights, model, tokenizer)
     check_data(model, tokenizer, rows)
     for prompt in prompts:
@@ -71,4 +78,4 @@ def load_model(
                 f"{cfg.max_new_tokens} are more than the model takes, {model.max_seq_len}"
             )
     checkpointer.load_weights(model)
-    return model, checkpointer.weights
+    return model, checkpointer.source_files()

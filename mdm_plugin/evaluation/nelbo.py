@@ -70,17 +70,20 @@ class Bound(NamedTuple):
 
 
 class _Draws(NamedTuple):
-    """The masks of R rows, K of each: J = R·K jobs.
+    """The masks of R rows, K of each, over the N tokens of the longest response.
 
     tokens, eligible, real: [R, L], the rows, filled up, and what of them is no filling.
-    counts: [R, K], positions that each draw masks. mask: [J, L], bool.
+    counts: [R, K], positions that each draw masks.
+    masks: [U, N], bool, those that differ. row: [U], whose each is. number: [R, K], each draw's.
     """
 
     tokens: Tensor
     eligible: Tensor
     real: Tensor
     counts: Tensor
-    mask: Tensor
+    masks: Tensor
+    row: Tensor
+    number: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class BoundEstimator:
     A row's bound is Σ_l E_S[f(S)], f(S) = (1/l)·Σ_{i∈S} CE_i, over the counts l = 1..N and the sets
     S of l positions (LLaDA's Eq. 6, no eps). The counts are spread evenly (``even_counts``), and
     what is easy to foresee of f(S) is taken out (``controlled``). All masks are functions of (seed,
-    row, draw): the same rows give the same numbers with any batch size and number of ranks.
+    place, draw): the same rows give the same numbers with any batch size and number of ranks.
 
     Args:
         special: the tokenizer, or its special tokens. Padding is neither predicted nor attended to.
@@ -116,58 +119,80 @@ class BoundEstimator:
             raise ValueError(f"draws is {self.draws}: use 1 or more")
 
     @torch.no_grad()
-    def bounds(self, model: nn.Module, rows: Rows, indices: Tensor) -> Bound:
+    def bounds(
+        self, model: nn.Module, rows: Rows, indices: Tensor, places: Tensor | None = None
+    ) -> Bound:
         """The bounds of the rows at ``indices`` [R].
 
         model: an ``MDMTransformer``, in eval mode; under FSDP2, called alike on every rank.
+        places: [R], ≥ 0, below 2^40, of each row's noise; None for ``indices``. Rows of one place
+            share it: number j of a draw is that of the j-th response token, and the shares of
+            tokens masked are the same. Each bound is as good as by noise of its own, and the
+            difference of two that have tokens in common is better.
         """
+        places = indices if places is None else places
         ranks, rank = self.world.size, self.world.rank
         found = torch.zeros(2, len(indices), dtype=torch.float64)
-        size = max(1, min(self.batch_size // self.draws, -(-len(indices) // ranks)))
-        # Under FSDP2 every rank must run as many forwards: short shares repeat row 0, unused.
+        size = max(1, min(self.batch_size // self._masks(rows, indices), -(-len(indices) // ranks)))
         for step in range(-(-len(indices) // (size * ranks))):
             start = (step * ranks + rank) * size
             own = torch.arange(len(indices))[start : start + size]
-            row = indices[own]
-            if ranks > 1:
-                row = torch.cat((row, indices[:1].expand(size - len(own))))
-            drawn = self._draw(rows, row)
+            count = len(own)
+            if ranks > 1:  # short shares repeat the first row, unused
+                own = torch.cat((own, torch.zeros(size - count, dtype=torch.long)))
+            drawn = self._draw(rows, indices[own], places[own])
             ce = self._forward(model, drawn)
-            for j in range(len(own)):
-                at, where = slice(j * self.draws, (j + 1) * self.draws), drawn.eligible[j]
+            for j, n in enumerate(drawn.eligible.sum(1).tolist()[:count]):
+                masks = drawn.number[j]
                 found[:, start + j] = torch.stack(
-                    controlled(ce[at][:, where], drawn.mask[at][:, where], drawn.counts[j])
+                    controlled(ce[masks, :n], drawn.masks[masks, :n], drawn.counts[j])
                 )
         nats, variance = self.world.sum(found).cpu()
         return Bound(nats, variance)
 
-    def _draw(self, rows: Rows, row: Tensor) -> _Draws:
+    def _masks(self, rows: Rows, indices: Tensor) -> int:
+        """How many masks of a row may differ: few of a response of a few tokens."""
+        # Under FSDP2, ranks that share rows run as many forwards as each other: one for each draw.
+        if self.world.size > 1 or not len(indices):
+            return self.draws
+        return min(self.draws, 2 ** max(1, int(rows.eligible_of(indices).max())) - 1)
+
+    def _draw(self, rows: Rows, row: Tensor, places: Tensor) -> _Draws:
         """The masks of some rows."""
         draws, seed = self.draws, self.seed
         length = int(rows.lengths_of(row).max())
         tokens, eligible, real = rows.padded(row, length, self.special.pad_id)
         offsets = [
             torch.rand(1, generator=keyed_generator(seed, "nelbo count", draws, i))
-            for i in row.tolist()
+            for i in places.tolist()
         ]
         n = eligible.sum(1)
         counts = torch.stack(
             [even_counts(int(k), draws, float(o)) for k, o in zip(n, offsets, strict=True)]
         )
-        places = (row[:, None] * draws + torch.arange(draws)).flatten()
-        u = keyed_uniform(seed, "nelbo mask", draws, places=places, length=length)
-        may_be = eligible.repeat_interleave(draws, 0)
-        mask = (random_order(u, may_be) < counts.flatten()[:, None]) & may_be
-        return _Draws(tokens, eligible, real, counts, mask)
+        places = (places[:, None] * draws + torch.arange(draws)).flatten()
+        u = keyed_uniform(seed, "nelbo mask", draws, places=places, length=int(n.max()))
+        own = (torch.arange(u.shape[1]) < n[:, None]).repeat_interleave(draws, 0)
+        masks = (random_order(u, own) < counts.flatten()[:, None]) & own
+        of = torch.arange(len(row)).repeat_interleave(draws)
+        number = torch.arange(len(of))
+        if self.world.size == 1:
+            each = torch.cat((of[:, None], masks), 1)
+            each, number = torch.unique(each, dim=0, return_inverse=True)
+            of, masks = each[:, 0], each[:, 1:].bool()
+        return _Draws(tokens, eligible, real, counts, masks, of, number.view(-1, draws))
 
     def _forward(self, model: nn.Module, drawn: _Draws) -> Tensor:
-        """CE of each masked position, else 0. [J, L], fp64."""
+        """CE of each masked token of a response, else 0. [U, N], fp64."""
         loss = MDMLoss("response", "ones", self.chunk_size)
         device = self.world.device
-        ce = torch.zeros(drawn.mask.shape, dtype=torch.float64)
+        ce = torch.zeros(drawn.masks.shape, dtype=torch.float64)
         for part in torch.arange(len(ce)).split(self.batch_size):
-            row, mask = part // self.draws, drawn.mask[part]
-            tokens, n = drawn.tokens[row], drawn.eligible[row].sum(1)
+            row, masks = drawn.row[part], drawn.masks[part]
+            tokens, eligible = drawn.tokens[row], drawn.eligible[row]
+            n = eligible.sum(1)
+            mask = torch.zeros_like(eligible)
+            mask[eligible] = masks[torch.arange(masks.shape[1]) < n[:, None]]
             one = torch.ones(len(part), dtype=torch.float64)
             targets = loss.targets(tokens, mask[None], one[None], one, n).to(device)
             _, values = model(
@@ -176,8 +201,8 @@ class BoundEstimator:
                 positions=targets.positions,
                 head=partial(loss, targets=targets),
             )
-            block = torch.zeros(mask.shape, dtype=torch.float64)
-            block[mask] = values.double().cpu()
+            block = torch.zeros(masks.shape, dtype=torch.float64)
+            block[masks] = values.double().cpu()
             ce[part] = block
         return ce
 

@@ -1,26 +1,17 @@
 """What a recipe does at a validation."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
 from omegaconf import DictConfig
 
 from mdm_plugin.config.components import instantiate
-from mdm_plugin.data.prompts import Prompt, read_prompts
+from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.data.rows import Row, Rows
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation.exact_match import exact_match
+from mdm_plugin.evaluation.exact_match import Questions, exact_match
 from mdm_plugin.evaluation.nelbo import BoundEstimator
+from mdm_plugin.evaluation.sharing import in_shares, share
 from mdm_plugin.generation import Decoding, generate
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
-
-
-class Questions(NamedTuple):
-    """Prompts to be answered at each validation, and what tells whether an answer is right."""
-
-    prompts: list[Prompt]
-    verify: Callable[[str, Mapping[str, Any]], bool]
 
 
 def read_questions(cfg: DictConfig, tokenizer: ChatTokenizer) -> Questions | None:
@@ -54,7 +45,7 @@ def validate(
     cfg: DictConfig,
 ) -> tuple[dict[str, float], str]:
     """NELBO of ``rows`` and the share of ``questions`` answered right, as scalars to be logged; and
-    completions of the first rows as Markdown. Called on every rank.
+    completions of the first rows as Markdown. Called on every rank; each does its share.
 
     Args:
         cfg: for batch_size, val_draws, sample_rows, sample_new_tokens and sample_steps.
@@ -68,15 +59,20 @@ def validate(
         answered = exact_match(
             model,
             tokenizer,
-            questions.prompts,
-            questions.verify,
+            questions,
+            world,
             max_new_tokens=cfg.sample_new_tokens,
             batch_size=cfg.batch_size,
             decoding=_decoding(cfg, cfg.sample_new_tokens),
         )
         figures["val/exact_match"] = answered.accuracy
-    first = [rows[i] for i in range(min(cfg.sample_rows, len(rows)))]
-    samples = [_sample(model, row, tokenizer, cfg) for row in first]
+    one_by_one = share([0] * min(cfg.sample_rows, len(rows)), 1, world)
+    samples = in_shares(
+        lambda batch: [_sample(model, rows[i], tokenizer, cfg) for i in batch],
+        one_by_one,
+        model,
+        world,
+    )
     model.train(was_training)
     return figures, "\n\n---\n\n".join(x for x in samples if x)
 

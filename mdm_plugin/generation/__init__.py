@@ -5,6 +5,8 @@ May import: errors, noise, models.
 
 from mdm_plugin.generation.caches import BlockCache
 from mdm_plugin.generation.decoding import Decoding
+from mdm_plugin.generation.greedy import is_greedy
+from mdm_plugin.generation.masked import SpecialTokens, TokenIds
 from mdm_plugin.generation.samplers import (
     ORDERS,
     Candidates,
@@ -13,7 +15,7 @@ from mdm_plugin.generation.samplers import (
     Stable,
     Threshold,
 )
-from mdm_plugin.generation.writing import Generated, SpecialTokens, TokenIds, generate, infill
+from mdm_plugin.generation.writing import Generated, generate, infill
 
 __all__ = [
     "ORDERS",
@@ -29,4 +31,5 @@ __all__ = [
     "TokenIds",
     "generate",
     "infill",
+    "is_greedy",
 ]

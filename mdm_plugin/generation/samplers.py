@@ -19,7 +19,7 @@ class Candidates(NamedTuple):
         0 where the sampler decides that.
     masked: [B, n], bool, positions still to be filled.
     first: [B], how many positions of the block were masked at its start.
-    prediction: [B, n], the tokens proposed.
+    prediction: [B, n], the tokens proposed; here and below, of masked positions.
     model: [B, n, V], the model's probabilities.
     sampled: [B, n, V], those that the predictions were drawn from: after temperature, top-p, top-k.
     uniform: [B, n], U(0, 1) numbers of the rows' own.

@@ -5,35 +5,17 @@ A step predicts every masked position; a sampler then says which of the predicti
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mdm_plugin.generation.caches import LayerCaches
 from mdm_plugin.generation.decoding import Decoding
+from mdm_plugin.generation.masked import MaskedRows, SpecialTokens
 from mdm_plugin.generation.samplers import Candidates
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
-
-
-class SpecialTokens(Protocol):
-    """A tokenizer, of which its special tokens are used."""
-
-    @property
-    def mask_id(self) -> int: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int | None: ...
-
-
-class TokenIds(NamedTuple):
-    """Special tokens by themselves. Without eos_id, rows do not end before their length."""
-
-    mask_id: int
-    pad_id: int
-    eos_id: int | None = None
 
 
 class Generated(NamedTuple):
@@ -83,7 +65,7 @@ def generate(
     rows = [torch.cat((prompt, masks)) for prompt in ids]
     lengths = torch.tensor([len(prompt) for prompt in ids])
     places = lengths[:, None] + torch.arange(max_new_tokens)
-    batch = _Rows(model, rows, places, places >= 0, lengths, special)
+    batch = MaskedRows(model, rows, places, places >= 0, lengths, special)
     return _write(batch, decoding or Decoding(), seeds, on_step)
 
 
@@ -112,107 +94,13 @@ def infill(
     ):
         if value:
             raise ValueError(f"{name}: not for infilling: leave it out")
-    found = [(row.cpu() == special.mask_id).nonzero()[:, 0] for row in rows]
-    for i, places in enumerate(found):
-        if not len(places):
-            raise ValueError(f"row {i} has no mask token: there is nothing to fill in")
-        if model.shift and places[0] == 0:
-            raise ValueError(f"row {i} begins with a mask token, which a shifted model cannot fill")
-    most = max(len(places) for places in found)
-    places = torch.stack([torch.cat((x, x[-1:].expand(most - len(x)))) for x in found])
-    valid = torch.arange(most) < torch.tensor([len(x) for x in found])[:, None]
-    nothing = torch.zeros(len(rows), dtype=torch.long)
-    endless = TokenIds(special.mask_id, special.pad_id)
-    batch = _Rows(model, [r.cpu() for r in rows], places, valid, nothing, endless)
+    batch = MaskedRows.of(model, [row.cpu() for row in rows], special)
     _write(batch, decoding, seeds, None)
     return [batch.tokens[i, : len(row)].to(row.device) for i, row in enumerate(rows)]
 
 
-class _Rows:
-    """Rows on the model's device, padded: B rows of L tokens, n places of each to be written.
-
-    tokens: [B, L]. attend: [B, 1, L], what is no padding. places: [B, n]. valid: [B, n], which of
-    them are the row's own. prompt: [B, L], bool.
-    """
-
-    def __init__(
-        self,
-        model: MDMTransformer,
-        rows: list[Tensor],
-        places: Tensor,
-        valid: Tensor,
-        prompt_lengths: Tensor,
-        special: SpecialTokens,
-    ) -> None:
-        length, limit = max(len(row) for row in rows), int(model.max_seq_len)
-        if length > limit:
-            raise ValueError(f"prompt and response have {length} tokens, the model takes {limit}")
-        self.model, self.mask_id, self.eos_id = model, special.mask_id, special.eos_id
-        tokens = torch.full((len(rows), length), special.pad_id)
-        attend = torch.zeros(len(rows), 1, length, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], attend[i, 0, : len(row)] = row, True
-        self.device = next(model.parameters()).device
-        self.tokens, self.attend = tokens.to(self.device), attend.to(self.device)
-        self.places, self.valid = places.to(self.device), valid.to(self.device)
-        self.prompt = (torch.arange(length) < prompt_lengths[:, None]).to(self.device)
-
-    def response(self) -> Tensor:
-        """[B, n]."""
-        return self.tokens.gather(1, self.places)
-
-    def masked(self) -> Tensor:
-        """[B, n], bool: places still to be written."""
-        return (self.response() == self.mask_id) & self.valid
-
-    def put(self, chosen: Tensor, prediction: Tensor, block: slice) -> None:
-        """Write predictions where ``chosen``, and EOS after a first EOS with all written before."""
-        row, column = chosen.nonzero(as_tuple=True)
-        self.tokens[row, self.places[:, block][row, column]] = prediction[row, column]
-        if self.eos_id is not None:
-            response = self.response()
-            written = (response != self.mask_id).cumprod(1)
-            ended = (((response == self.eos_id) & (written > 0)).cumsum(1) > 0) & self.valid
-            self.tokens[ended.nonzero()[:, 0], self.places[ended]] = self.eos_id
-
-    def logits(
-        self, block: slice, decoding: Decoding, caches: LayerCaches | None, fresh: bool
-    ) -> Tensor:
-        """fp32 logits of a block's places, [B, n, V], guided; −inf for the mask token."""
-        n, start = self.places.shape[1], block.start
-        tokens, attend, places = self.tokens, self.attend, self.places
-        if decoding.cfg_scale:
-            blank = torch.where(self.prompt, self.mask_id, tokens)
-            tokens, attend = torch.cat((tokens, blank)), attend.repeat(2, 1, 1)
-            places = places.repeat(2, 1)
-        source = places[:, block] - int(self.model.shift)
-        row = torch.arange(len(tokens), device=self.device)[:, None]
-        if caches:
-            caches.at(None)
-        if fresh or not caches:
-            logits = self.model(tokens, mask=attend, head=lambda head, h: head(h[row, source]))
-        else:
-            again = places[:, block if decoding.cache == "dual" else slice(start, n)]
-            if self.model.shift:  # the block's first token is predicted from the one before it
-                again = torch.cat((again[:, :1] - 1, again), 1)
-            caches.at(again)
-            size = source.shape[1]
-            logits = self.model(
-                tokens.gather(1, again),
-                mask=attend,
-                input_pos=again,
-                head=lambda head, h: head(h[:, :size]),
-            )
-        logits = logits.float()
-        if decoding.cfg_scale:
-            given, blank = logits.chunk(2)
-            logits = blank + (decoding.cfg_scale + 1) * (given - blank)
-        logits[..., self.mask_id] = -torch.inf
-        return logits
-
-
 def _write(
-    rows: _Rows,
+    rows: MaskedRows,
     decoding: Decoding,
     seeds: Sequence[int] | None,
     on_step: Callable[[Tensor], None] | None,

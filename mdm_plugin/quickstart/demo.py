@@ -22,7 +22,7 @@ from mdm_plugin.data import chat_dataset
 from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.distributed.build import build_model
 from mdm_plugin.distributed.world import World
-from mdm_plugin.evaluation import NELBO, BoundEstimator, ExactMatch, exact_match
+from mdm_plugin.evaluation import NELBO, BoundEstimator, ExactMatch, Questions, exact_match
 from mdm_plugin.generation import Decoding
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.quickstart.data import prepare, verify
@@ -45,8 +45,8 @@ def measure(
     match = exact_match(
         model,
         tokenizer,
-        read_prompts(tokenizer, prompts=str(test)),
-        verify,
+        Questions(read_prompts(tokenizer, prompts=str(test)), verify),
+        WORLD,
         max_new_tokens=NEW_TOKENS,
         decoding=Decoding(steps=STEPS),
         batch_size=100,

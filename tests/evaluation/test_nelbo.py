@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.distributed.world import World
-from mdm_plugin.evaluation import BoundEstimator, ExactMatch, exact_match
+from mdm_plugin.evaluation import BoundEstimator, ExactMatch, Questions, exact_match
 from mdm_plugin.generation import TokenIds
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import FixedCount
@@ -29,7 +29,7 @@ def bounds(model, rows, world=ALONE, **given):
     return estimator.bounds(model, rows, torch.arange(len(rows)))
 
 
-def exact_nelbo(model, tokens, eligible):
+def exact_nelbo(model, tokens, eligible, mask=MASK):
     """Σ_l (1/l) · mean over |S| = l of Σ_{i∈S} CE_i(S), by all masks of the response."""
     places = eligible.nonzero()[:, 0].tolist()
     total = 0.0
@@ -37,7 +37,7 @@ def exact_nelbo(model, tokens, eligible):
         losses = []
         for chosen in itertools.combinations(places, count):
             noisy = tokens.clone()
-            noisy[list(chosen)] = MASK
+            noisy[list(chosen)] = mask
             with torch.no_grad():
                 logits = model(noisy[None])[0]
             losses.append(
@@ -134,6 +134,24 @@ def test_shares_of_more_ranks_than_rows_sum_to_the_whole(tiny_model, rows, monke
             torch.testing.assert_close(total, getattr(whole, name), rtol=1e-5, atol=1e-8)
 
 
+def test_rows_of_one_place_share_their_noise_and_others_do_not(tiny_model, rows):
+    with torch.no_grad():
+        tiny_model.output.weight.mul_(20)
+    twice, every = (
+        Rows((list(x.tokens), x.eligible.tolist()) for x in [rows[1]] * 2),
+        torch.arange(2),
+    )
+
+    def at(*places, batch_size=8):
+        estimator = BoundEstimator(TokenIds(MASK, PAD), ALONE, batch_size, draws=3)
+        return estimator.bounds(tiny_model, twice, every, torch.tensor(places)).nats
+
+    same, other = at(2**39, 2**39), at(2**39, 7)
+    assert float(same[0]) == pytest.approx(float(same[1]), rel=1e-6)
+    assert abs(float(other[0] - other[1])) > 1e-3
+    torch.testing.assert_close(at(7, 2**39, batch_size=3).flip(0), other)
+
+
 def test_nelbo_of_a_uniform_model_is_log_vocabulary(tiny_model, rows):
     torch.nn.init.zeros_(tiny_model.output.weight)
     result = nelbo(tiny_model, rows, batch_size=4, draws=4)
@@ -149,8 +167,8 @@ def test_exact_match_counts_what_the_verifier_accepts(tiny_model, tokenizer):
     result = exact_match(
         tiny_model,
         tokenizer,
-        prompts,
-        lambda text, row: row["messages"][0]["content"] in "024",
+        Questions(prompts, lambda text, row: row["messages"][0]["content"] in "024"),
+        ALONE,
         max_new_tokens=4,
         batch_size=2,
     )

@@ -44,14 +44,18 @@ def evaluate(config, command, tmp_path):
     return run
 
 
-def test_two_ranks_and_a_killed_run_give_the_figures_of_one(evaluate, tmp_path):
+def test_two_ranks_a_sharded_model_and_a_killed_run_give_the_figures_of_one(evaluate, tmp_path):
     one = evaluate(out="one")
     assert one["nelbo"]["rows"] == one["exact_match"]["rows"] == 200
     assert one["reasoning_gym/chain_sum"]["rows"] == 5
     assert 4 < one["nelbo"]["nats_per_token"] < 8  # untrained: about log 320
     two = evaluate(out="two", launch=TWO_RANKS)
+    sharded = evaluate("data_parallel_shard_dim=-1", out="sharded", launch=TWO_RANKS)
     for task, figures in one.items():
         assert two[task] == pytest.approx(figures, rel=1e-6)
+        assert sharded[task] == pytest.approx(figures, rel=1e-6)
+    texts = [Parts(tmp_path / x, "exact_match").read() for x in ("one", "two", "sharded")]
+    assert texts[0] == texts[1] == texts[2]  # token for token
     # As a kill leaves it: some rows done, the last of them cut short, no results.
     (tmp_path / "one/results.json").unlink()
     file = tmp_path / "one/nelbo.0.jsonl"
@@ -85,6 +89,7 @@ WRONG = {
     "too long": (["max_new_tokens=90"], "are more than the model takes"),
     "no weights": (["checkpointer.checkpoint_dir=null"], "name the weights to evaluate"),
     "a block that does not divide": (["decoding.block_length=3"], "block_length 3"),
+    "shards of one process": (["data_parallel_shard_dim=2"], "this is a single process"),
     "another evaluation's directory": (["output_dir=other"], "holds results of another config"),
 }
 
@@ -176,7 +181,8 @@ def test_lm_eval_s_local_tasks_by_recipe_and_by_its_own_command(evaluate, comman
     one = evaluate(tasks, where, out="one")
     # A longer continuation has a lower likelihood by far, for a model that has learnt nothing.
     assert one["sums_choice"]["acc"] == 1.0 and one["sums_generate"]["exact_match"] == 0.0
-    assert evaluate(tasks, where, out="two", launch=TWO_RANKS) == one
+    shards = "data_parallel_shard_dim=-1"
+    assert evaluate(tasks, where, shards, out="two", launch=TWO_RANKS) == one
     done = command(
         *(sys.executable, "-m", "mdm_plugin.evaluation.harness", "--model", "mdm"),
         *("--model_args", "config=eval.yaml", "--tasks", "sums_choice"),

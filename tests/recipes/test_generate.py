@@ -52,7 +52,7 @@ def lines(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def test_a_prompt_s_text_is_its_own_in_a_batch_on_two_ranks_and_alone(generate, tmp_path):
+def test_a_prompt_s_text_is_its_own_in_a_batch_on_two_ranks_sharded_and_alone(generate, tmp_path):
     texts = ["one", "a longer second prompt", "3", "4 + 4", "five"]
     rows = [{"prompt": t, "id": i} for i, t in enumerate(texts)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -60,8 +60,10 @@ def test_a_prompt_s_text_is_its_own_in_a_batch_on_two_ranks_and_alone(generate, 
     done = generate("prompts=p.jsonl", "output=one.jsonl", *warm)
     assert "5 prompts" in done.stderr and "tokens/s" in done.stderr
     generate("prompts=p.jsonl", "output=two.jsonl", *warm, launch=TWO_RANKS)
-    one, two = ((tmp_path / f"{x}.jsonl").read_text() for x in ("one", "two"))
-    assert one == two
+    shards = ("data_parallel_shard_dim=2", "output=sharded.jsonl")
+    generate("prompts=p.jsonl", *shards, *warm, launch=TWO_RANKS)
+    one, *others = ((tmp_path / f"{x}.jsonl").read_text() for x in ("one", "two", "sharded"))
+    assert others == [one, one]
     found = lines(one)
     assert [x["id"] for x in found] == [0, 1, 2, 3, 4]
     # The fourth prompt alone, with its own seed.
@@ -70,6 +72,11 @@ def test_a_prompt_s_text_is_its_own_in_a_batch_on_two_ranks_and_alone(generate, 
     (tmp_path / "p.txt").write_text("one\n\na longer second prompt\n")
     plain = lines(generate("prompts=p.txt", *warm).stdout)
     assert [x["completion"] for x in plain] == [x["completion"] for x in found[:2]]
+
+
+def test_a_prompt_may_hold_equals_signs_and_what_yaml_would_read_otherwise(generate):
+    for text in ("7 - 2 + 9 =", "[1, 2] = ${x}", "007"):
+        assert lines(generate(f"prompt={text}").stdout)[0]["prompt"] == text
 
 
 def test_prompts_from_stdin(generate, command, tmp_path):
