@@ -1,5 +1,6 @@
 """``mdm``: torchtune's command line with this project's recipes and configs registered."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def main() -> None:
     """Run torchtune's CLI under the name ``mdm``."""
     register()
     parser = command_line("mdm")
+    gc.freeze()  # as a recipe does: else Python takes a second, at the end, to take imports apart
     if sys.argv[1:2] == ["validate"] and len(sys.argv) > 2:
         # torchtune's own takes a path alone; the other subcommands take names.
         name = sys.argv[2]

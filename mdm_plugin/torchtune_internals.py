@@ -7,8 +7,6 @@ code to its public names. If torchtune must go, this is what replaces each:
   by name): thirty lines of argparse, and ``torch.distributed.run`` for the launch.
 - ``component_from_path`` and ``InstantiationError`` (a dotted path's object): ``importlib`` and
   ``getattr``; torchtitan's loader here does that already.
-- ``merge_yaml_and_arguments`` (``key=value`` and ``~key`` on the command line): OmegaConf's
-  ``from_dotlist`` and ``merge``, and a loop over the deletions.
 - ``wrap_attention_call`` (what a layer calls with q, k, v): an attention module of our own, of
   which ``models/transformer.py`` has the rotary part and the masks.
 - ``summary_writer`` (TensorBoard's, behind torchtune's logger): ``SummaryWriter`` itself.
@@ -20,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from torchtune._recipe_registry import Config, Recipe, get_all_recipes
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path as component_from_path
-from torchtune.config._utils import _merge_yaml_and_cli_args as merge_yaml_and_arguments
 from torchtune.modules import MultiHeadAttention
 from torchtune.training.metric_logging import TensorBoardLogger
 
@@ -34,7 +31,6 @@ __all__ = [
     "command_line",
     "component_from_path",
     "get_all_recipes",
-    "merge_yaml_and_arguments",
     "summary_writer",
     "wrap_attention_call",
 ]

@@ -13,8 +13,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_ls_cat_and_validate_know_our_recipes_and_torchtune_s(command):
-    listing = command("mdm", "ls").stdout
+    listed = command("mdm", "ls")
+    listing = listed.stdout
+    assert not listed.stderr  # nothing of torchao, as in tests/test_startup.py
     assert "mdm_full_finetune" in listing and "quickstart" in listing
+    for family in ("llada/8B", "dream/7B"):
+        assert {f"{family}_eval", f"{family}_generate"} <= set(listing.split())
     assert "full_finetune_distributed" in listing
     shown = yaml.safe_load(command("mdm", "cat", "quickstart").stdout)
     assert shown["loss"]["_component_"] == "mdm_plugin.loss.MDMLoss"

@@ -1,15 +1,18 @@
 """torchtune's configs, with packaged names, checked before anything runs."""
 
 import argparse
+import copy
 import functools
+import gc
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mdm_plugin.config.components import allow, check_arguments, find_component, first_line, suggest
 from mdm_plugin.errors import UserError
-from mdm_plugin.torchtune_internals import merge_yaml_and_arguments
 
 
 def configs_directory() -> Path:
@@ -57,7 +59,9 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
 
     Args:
         name: path or packaged name.
-        overrides: ``key=value`` and ``~key`` arguments.
+        overrides: ``key=value`` and ``~key`` arguments; what follows the first "=" is the value.
+            Where the option is a text (str), it stays as it is, but for null, None and nothing,
+            which unset it; elsewhere it is read as YAML.
         options: a dataclass: the recipe's options with their types and defaults.
 
     Raises:
@@ -65,7 +69,7 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
     """
     path = find_config(name)
     overrides = allow(overrides)
-    raw, plain, text = _merged(path, overrides)
+    raw, plain, text = _merged(path, overrides, options)
     known = [field.name for field in fields(options)]
     used = set(re.findall(r"\$\{(\w+)", text + " ".join(overrides)))
     for key in [key for key in plain if key not in known]:
@@ -88,7 +92,9 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
     return cfg
 
 
-def _merged(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any], str]:
+def _merged(
+    path: Path, overrides: list[str], options: type
+) -> tuple[dict[str, Any], dict[str, Any], str]:
     """A config's keys as the file has them, and merged with overrides and resolved; its text.
 
     Raises:
@@ -100,22 +106,19 @@ def _merged(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str,
         if not isinstance(loaded, DictConfig):
             raise UserError(f"{path}: a config is a mapping of keys to values")
         raw = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
-        merged = merge_yaml_and_arguments(argparse.Namespace(**raw), overrides)
+        merged = _with_arguments(raw, overrides, options)
         plain = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except AssertionError as error:  # OmegaConf's, of a text that is a number
         raise UserError(f"{path}: a config is a mapping of keys to values") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
-        where, what = str(path), str(error)
-        if isinstance(error, yaml.MarkedYAMLError):
-            where += f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-            what = error.problem or what
-        raise UserError(f"{where}: not valid YAML: {what}") from error
+        where = str(path)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            where += f":{error.problem_mark.line + 1}"
+        raise UserError(f"{where}: not valid YAML: {_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key or 'a key'}: {first_line(error)}") from error
-    except ValueError as error:
-        raise UserError(f"command line: {first_line(error)}") from error
     for key, value in plain.items():
         # torchtune reads key=null, where key is a component, as key._component_=null.
         if isinstance(value, dict) and value.get("_component_", "") is None:
@@ -123,25 +126,109 @@ def _merged(path: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str,
     return raw, plain, text
 
 
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, in a line."""
+    problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
+    return problem or first_line(error)
+
+
+def _with_arguments(raw: dict[str, Any], arguments: list[str], options: type) -> DictConfig:
+    """A file's keys with ``key=value`` and ``~key`` merged into them, by torchtune's rules.
+
+    torchtune's own function splits at every "=", and makes a list of the prompt "[1, 2]".
+
+    Raises:
+        UserError: on an argument that is neither, or names a key that is not there.
+    """
+    rest = copy.deepcopy(raw)
+    for argument in arguments:
+        if argument.startswith("~"):
+            with _named(argument):
+                _remove(rest, argument[1:].split("=")[0])
+    merged = OmegaConf.create(rest)
+    for argument in arguments:
+        if not argument.startswith("~"):
+            with _named(argument):
+                merged.merge_with(_read(argument, raw, options))
+    return merged
+
+
+def _read(argument: str, raw: dict[str, Any], options: type) -> DictConfig:
+    """What ``key=value`` sets.
+
+    Raises:
+        UserError, YAMLError, OmegaConfBaseException: if it cannot be read.
+    """
+    key, found, value = argument.partition("=")
+    if not (key and found):
+        raise UserError("write overrides as key=value")
+    if get_type_hints(options).get(key) in (str, str | None):
+        if any(field.name == key and "verbatim" in field.metadata for field in fields(options)):
+            value = _literal(_literal(value))  # twice, as it will be resolved twice
+        return OmegaConf.create({key: None if value in ("", "null", "None") else value})
+    component = isinstance(raw.get(key), dict) and "_component_" in raw[key]
+    place = f"{key}._component_" if component else key
+    return OmegaConf.from_dotlist([f"{place}={'null' if value == 'None' else value}"])
+
+
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Whatever goes wrong with an argument is said with it."""
+    try:
+        yield
+    except yaml.YAMLError as error:
+        what = f"not valid YAML: {_problem(error)}"
+        raise UserError(f"command line: {argument}: {what}") from error
+    except (UserError, OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"command line: {argument}: {first_line(error)}") from error
+
+
+def _remove(keys: dict[str, Any], path: str) -> None:
+    """Take away a key, given by dots, and what that leaves empty.
+
+    Raises:
+        UserError: if there is none, or it is a component.
+    """
+    key, _, inner = path.partition(".")
+    if not isinstance(keys, dict) or key not in keys:
+        raise UserError("the config has no such key")
+    if inner:
+        _remove(keys[key], inner)
+    elif key == "_component_" or (isinstance(keys[key], dict) and "_component_" in keys[key]):
+        raise UserError("a component cannot be taken away, but be set to null: key=null")
+    if not (inner and keys[key]):
+        del keys[key]
+
+
+def _literal(text: str) -> str:
+    """What OmegaConf resolves to ``text``: to it, ${…} is a reference, and ??? a missing value."""
+    if re.fullmatch(r"\\*\?\?\?", text):
+        return "\\" + text
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
 def _leave_out_arguments(cfg: DictConfig, raw: dict[str, Any], overrides: list[str]) -> None:
     """Where the command line names another component, the file's arguments that it does not take.
 
-    So ``timesteps=mdm_plugin.timesteps.Uniform`` needs no ``~timesteps.grid`` beside it.
+    So ``timesteps=mdm_plugin.timesteps.Uniform`` needs no ``~timesteps.grid`` beside it, and
+    ``dataset_val._component_=…`` no ``~dataset_val.split``, which is no data set's argument there.
     """
     given = {argument.split("=")[0] for argument in overrides}
     for key, before in raw.items():
         if not isinstance(before, dict) or not given & {key, f"{key}._component_"}:
             continue
-        if not isinstance(cfg.get(key), DictConfig):
+        if not isinstance(cfg.get(key), DictConfig) or "_component_" not in cfg[key]:
             continue
         takes = inspect.signature(find_component(cfg, key)).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            continue
-        for name in before.keys() - takes.keys() - {"_component_"}:
+        others, why = before.keys() - {"_component_"}, "is in its place"
+        if "_component_" in before:
+            any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+            others, why = set() if any_name else others - takes.keys(), "does not take it"
+        for name in sorted(others):
             if name in cfg[key] and f"{key}.{name}" not in given:
                 del cfg[key][name]
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print(f"{key}.{name}: left out: {cfg[key]._component_} does not take it")
+                    print(f"{key}.{name}: left out: {cfg[key]._component_} {why}")
 
 
 def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -156,6 +243,10 @@ def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[]
         def command() -> None:
             parser = argparse.ArgumentParser(description=main.__doc__)
             parser.add_argument("--config", required=True, help="file or packaged name")
+            # What the imports made lives as long as the process: half a million objects, which
+            # each full collection, in training too, would look through for a quarter of a second,
+            # and Python's end for longer.
+            gc.freeze()
             try:
                 known, overrides = parser.parse_known_args()
                 for argument in overrides:

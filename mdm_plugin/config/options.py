@@ -1,6 +1,6 @@
 """The options of the training recipes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -22,17 +22,21 @@ class Options:
     metric_logger: dict[str, Any] = MISSING
     lr_scheduler: dict[str, Any] | None = None
     ema: dict[str, Any] | None = None
-    dataset_val: dict[str, Any] | None = None
+    dataset_val: dict[str, Any] | None = None  # or {split: 0.02, max_rows: 200}, out of dataset
     profiler: dict[str, Any] | None = None
     prepare: dict[str, Any] | None = None  # called once before anything else
 
     # Where and how
     output_dir: str = MISSING
     device: str = "cuda"
-    dtype: str = "bf16"
+    dtype: str = "bf16"  # what the model computes in: bf16 or fp32
+    master_dtype: str = "fp32"  # of what is trained, and of its gradients; bf16: half the memory,
+    stochastic_rounding: bool = True  # whose optimizer rounds at random, so that small steps count
     seed: int = 0
     dry_run: Any = False  # True, or {ranks: 64, device_gib: 80}: say what the run needs, and end
-    resume_from_checkpoint: Any = False  # True: the newest in output_dir; or a step_N directory
+    # auto: the newest whole checkpoint in output_dir, if it is of this config; else a start.
+    # True: the newest, of a config that has changed too. Or a step_N directory; False: a start.
+    resume_from_checkpoint: Any = "auto"
 
     # Steps and batches
     batch_size: int = MISSING  # rows per rank and micro-batch
@@ -127,6 +131,7 @@ class InferenceOptions:
     device: str = "cuda"
     dtype: str = "bf16"
     compile: bool = False
+    data_parallel_shard_dim: int = 1  # ranks that hold one model together, by FSDP2; −1: all
     batch_size: int = 8
     seed: int = 0
 
@@ -135,9 +140,10 @@ class InferenceOptions:
 class GenerateOptions(InferenceOptions):
     """mdm_generate's top-level keys, their types and defaults."""
 
-    prompt: str | None = None  # one, on the command line
-    prompts: Any = None  # a file of them, or - for stdin (which YAML reads as a list of nothing)
-    system_prompt: str | None = None
+    # One, on the command line, where both are taken as they were typed, ${…} included.
+    prompt: str | None = field(default=None, metadata={"verbatim": True})
+    system_prompt: str | None = field(default=None, metadata={"verbatim": True})
+    prompts: str | None = None  # a file of them, or - for stdin
     chat: bool = True  # a prompt is a user's turn; False: text to be continued
     output: str | None = None  # JSON lines; None for stdout
     overwrite: bool = False

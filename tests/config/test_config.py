@@ -33,3 +33,16 @@ def test_another_component_leaves_out_the_file_s_arguments_that_it_does_not_take
         load_config(
             "quickstart", ["timesteps=mdm_plugin.timesteps.Uniform", "timesteps.grid=9"], Options
         )
+
+
+def test_each_large_config_is_for_its_recipe():
+    recipes = {
+        "full": "mdm_full_finetune",
+        "lora": "mdm_lora_finetune",
+        "qlora": "mdm_lora_finetune",
+        "eval": "mdm_eval",
+        "generate": "mdm_generate",
+    }
+    large = [name for name in config_names() if "/" in name]
+    assert sorted(large) == sorted(f"{x}_{y}" for x in ("llada/8B", "dream/7B") for y in recipes)
+    assert all(recipe_of(name) == recipes[name.rpartition("_")[2]] for name in large)
