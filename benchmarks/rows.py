@@ -175,7 +175,7 @@ def measure(home: Path, tokens: float) -> dict[str, object]:
     second, large, _ = runs.run(many, "second")
     seconds, rows, count = opening(data, many, home)
     runs.killed(many, "killed")
-    runs.run(many, "killed", "resume_from_checkpoint=True")
+    runs.run(many, "killed")
     weights = [
         (home / x / f"step_{STEPS}/model.safetensors").read_bytes() for x in ("second", "killed")
     ]

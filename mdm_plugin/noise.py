@@ -20,8 +20,17 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     streams. (torch's CPU generator keeps 32 of the bits: two of a run's streams may coincide
     by chance, which is as harmless as any other coincidence of random numbers.)
     """
-    digest = blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator().manual_seed(_seed(*key))
+
+
+def seed_torch(*key: int | str) -> None:
+    """Set torch's own generators by ``key``, for what draws from them: dropout, and optimizers that
+    round at random. What these draw is then no matter of history; but it is of the sharding."""
+    torch.manual_seed(_seed(*key))
+
+
+def _seed(*key: int | str) -> int:
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def keyed_uniform(*key: int | str, places: Tensor, length: int) -> Tensor:

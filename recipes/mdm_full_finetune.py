@@ -25,19 +25,22 @@ from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import Options
 from mdm_plugin.contract import ProbePlan
-from mdm_plugin.distributed.build import Build, build_model
+from mdm_plugin.distributed.build import Build, build_model, compile_backend
 from mdm_plugin.distributed.gradients import clip_gradient
 from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.evaluation.validation import read_questions, validate
+from mdm_plugin.noise import seed_torch
 from mdm_plugin.training import EMA, checks
-from mdm_plugin.training.batches import global_batches
+from mdm_plugin.training.batches import global_batches, read_datasets
 from mdm_plugin.training.guard import Guard
 from mdm_plugin.training.in_backward import StepInBackward
 from mdm_plugin.training.metrics import StepMetrics, TensorBoardLogger, progress_bar
 from mdm_plugin.training.plan import dry_run
+from mdm_plugin.training.precision import master_dtype, rounding
 from mdm_plugin.training.probe import fit, fit_line, plot_fit, probe, probe_due, write_fit
+from mdm_plugin.training.resume import check_identity, find_checkpoint
 from mdm_plugin.training.step import backward, corrupted_step, global_normalizer, learn, pack
-from mdm_plugin.training.stop import Stop, is_restart
+from mdm_plugin.training.stop import Stop
 
 
 class MDMFinetune:
@@ -69,21 +72,20 @@ class MDMFinetune:
             keep_best_n=cfg.keep_best_n,
             asynchronous=cfg.enable_async_checkpointing,
         )
-        restart = is_restart(world, self.checkpointer.output_dir) and self.checkpointer.steps()
-        return self.checkpointer.to_resume(cfg.resume_from_checkpoint or bool(restart), world)
+        return find_checkpoint(cfg, self.checkpointer, world)
 
     def _setup_estimator(self) -> None:
         """The sampler of t, the masks and the loss."""
         self.tokenizer = instantiate(self.cfg, "tokenizer")
         self.estimator = checks.read_estimator(self.cfg, self.tokenizer.mask_id)
         if self.cfg.compile:
-            self.estimator.loss.compile_chunks()
+            self.estimator.loss.compile_chunks(compile_backend())
 
     def _setup_data(self, accumulation: int) -> None:
         """Rows, and the batches that they make up."""
         cfg = self.cfg
-        self.rows = instantiate(cfg, "dataset", self.tokenizer)
-        self.rows_val = instantiate(cfg, "dataset_val", self.tokenizer)
+        self.rows_val: Any  # None where there is no validation
+        self.rows, self.rows_val = read_datasets(cfg, self.tokenizer)
         self.questions = read_questions(cfg, self.tokenizer)
         for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
             if rows is not None:
@@ -106,6 +108,7 @@ class MDMFinetune:
                 activation_checkpointing=cfg.enable_activation_checkpointing,
                 cpu_offload=cfg.fsdp_cpu_offload,
                 reshard_after_forward=cfg.fsdp_reshard_after_forward,
+                masters=master_dtype(cfg, world.device),
             ),
         )
         checks.check_adapters(self.model, self.adapters)
@@ -124,7 +127,7 @@ class MDMFinetune:
         cfg = self.cfg
         self.ema: EMA | None = instantiate(cfg, "ema", self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = instantiate(cfg, "optimizer", trained)
+        self.optimizer = instantiate(cfg, "optimizer", trained, **rounding(cfg))
         self.in_backward = StepInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
         self.lr_scheduler = None
         if cfg.lr_scheduler is not None:
@@ -157,12 +160,12 @@ class MDMFinetune:
         self.first_step = 0
         if checkpoint:
             stored = self.checkpointer.load_state(checkpoint)
-            checks.check_resume(stored, self.identity, checkpoint)
+            check_identity(stored, self.identity, checkpoint)
             self.checkpointer.load(self.state, checkpoint, stored)
             self.first_step = stored["step"]
             self.say(f"resuming from {checkpoint}, step {self.first_step} of {self.total_steps}")
-        elif self.world.rank == 0 and (aside := self.checkpointer.set_aside()):
-            self.say(f"an earlier run's checkpoints are now in {aside}")
+            if self.first_step >= self.total_steps:
+                self.say("the run is complete: for a new one name another output_dir")
 
     def _setup_logging(self) -> None:
         cfg, world = self.cfg, self.world
@@ -227,6 +230,7 @@ class MDMFinetune:
     def train_step(self, step: int) -> None:
         """One optimizer step over the global batch."""
         cfg, world = self.cfg, self.world
+        seed_torch(cfg.seed, "torch", step, world.rank)
         # Under max_steps_per_epoch each epoch still begins with its own order of all rows.
         epoch, within = divmod(step, self.steps_per_epoch)
         place = epoch * self.batches.steps_per_epoch + within

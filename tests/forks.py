@@ -21,6 +21,7 @@ context.set_forkserver_preload(
     [
         *("tests.forks", "tests.faults.runs"),
         *("mdm_full_finetune", "mdm_lora_finetune", "mdm_eval", "mdm_generate", "mdm_variance"),
+        *("scipy.optimize", "matplotlib.figure", "torch.utils.tensorboard"),  # runs import these
     ]
 )
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "mdm_plugin"
 MATHS = ["noise", "density", "loss", "contract", "pareto", "timesteps", "masking", "variance"]
 # From below to above: each may import those before it, and itself.
 FLOORS = [
-    ["errors", "torchtune_internals", *MATHS],
+    ["errors", "quiet", "torchtune_internals", *MATHS],
     ["config"],
     ["models"],
     ["data"],
@@ -35,6 +35,7 @@ MAY = {
     "generation": ["errors", "noise", "models"],
     "cli": ["config", "torchtune_internals"],
     "errors": [],
+    "quiet": [],
     "torchtune_internals": [],
     **dict.fromkeys(MATHS, MATHS),
 }

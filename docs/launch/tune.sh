@@ -2,9 +2,12 @@
 # One node's part of a torchtune run on several nodes; start it on every node with the same HEAD.
 #
 #   HEAD=node0:29500 NODES=4 GPUS=8 docs/launch/tune.sh mdm_full_finetune --config llada/8B_full \
-#       output_dir=/shared/run resume_from_checkpoint=True
+#       output_dir=/shared/run
 #
-# A rank that dies is started again with all others, up to three times, from the last checkpoint.
+# The same command starts the run, and goes on with it from its last checkpoint after any stop. A rank
+# that dies is started again with all others, up to three times. SIGTERM has the run saved first: it
+# has nine minutes for that (SAVING, in seconds), where torchrun's own limit is 30 seconds.
 set -euo pipefail
 exec tune run --nnodes "${NODES:?}" --nproc_per_node "${GPUS:-8}" --max_restarts "${RESTARTS:-3}" \
-    --rdzv_backend c10d --rdzv_endpoint "${HEAD:?name a node and port}" --rdzv_id "${JOB:-mdm}" "$@"
+    --rdzv_backend c10d --rdzv_endpoint "${HEAD:?name a node and port}" --rdzv_id "${JOB:-mdm}" \
+    --shutdown_timeout "${SAVING:-540}" "$@"

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from mdm_plugin.checkpoint.adapters import load_adapters, save_adapters
-from mdm_plugin.checkpoint.files import Write
-from mdm_plugin.checkpoint.manifest import verify
+from mdm_plugin.checkpoint.adapters import load_adapters, merge_adapters, save_adapters
+from mdm_plugin.checkpoint.files import ADAPTER, Write
 from mdm_plugin.checkpoint.parts import Run, check_parts
 from mdm_plugin.checkpoint.saving import save_weights, set_config
 from mdm_plugin.checkpoint.staging import (
@@ -35,7 +34,7 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.models import MDMTransformer
 
 _STEP = re.compile(r"step_(\d+)")
-_ANEW = "start a new run from its weights with checkpointer.checkpoint_dir"
+_ANEW = "start a new run from its weights with checkpointer.checkpoint_dir and another output_dir"
 
 
 class Checkpointer:
@@ -56,6 +55,9 @@ class Checkpointer:
             checkpoint (LLaDA, Dream, Llama, Qwen), or one of ours; None for random weights.
         checkpoint_files: their names; None for those of its index, else model.safetensors, or
             where there is none, all.
+        adapter_checkpoint: a directory with adapters of these weights to start from, in PEFT's
+            files, such as a step_N. A model with adapters takes them for its own, another one has
+            them merged into its weights.
         save_adapter_weights_only: of a model with adapters, leave out the merged weights.
         keep_last_n: older ones are removed; None keeps all, or with ``keep_best_n`` the newest.
         keep_best_n: of those that were validated, the ones of the lowest NELBO are kept too.
@@ -72,6 +74,7 @@ class Checkpointer:
         output_dir: str,
         checkpoint_dir: str | None = None,
         checkpoint_files: list[str] | None = None,
+        adapter_checkpoint: str | None = None,
         save_adapter_weights_only: bool = False,
         keep_last_n: int | None = None,
         keep_best_n: int | None = None,
@@ -91,6 +94,32 @@ class Checkpointer:
         if checkpoint_dir is not None:
             names = list(checkpoint_files) if checkpoint_files else None
             self.weights = Weights(Path(checkpoint_dir).expanduser(), names)
+        self.adapters = Path(adapter_checkpoint).expanduser() if adapter_checkpoint else None
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        if self.adapters is None:
+            return
+        if not (self.adapters / ADAPTER).is_file():
+            raise UserError(
+                f"checkpointer.adapter_checkpoint: {self.adapters} has no {ADAPTER}: name a step_N "
+                "of a run with adapters"
+            )
+        if self.weights is None:
+            raise UserError(
+                "checkpointer.adapter_checkpoint: given, and checkpoint_dir is not: name the "
+                "weights that they belong to"
+            )
+        if (self.weights.directory / ADAPTER).is_file():
+            raise UserError(
+                f"checkpointer.checkpoint_dir: {self.weights.directory} holds weights with "
+                "adapters merged already: name the base's directory, or no adapter_checkpoint"
+            )
+
+    def source_files(self) -> list[Path]:
+        """The files of ``checkpoint_dir`` and ``adapter_checkpoint`` that fill a model."""
+        files = sorted(set(self.weights.where.values())) if self.weights else []
+        return [*files, *([self.adapters / ADAPTER] if self.adapters else [])]
 
     def steps(self) -> list[Path]:
         """The whole checkpoints, oldest step first."""
@@ -98,67 +127,6 @@ class Checkpointer:
             return []
         found = ((_STEP.fullmatch(d.name), d) for d in self.output_dir.iterdir() if d.is_dir())
         return [d for _, d in sorted((int(m[1]), d) for m, d in found if m)]
-
-    def to_resume(self, resume_from_checkpoint: bool | str, world: World) -> Path | None:
-        """The checkpoint that the config asks for: the newest whole one (True), the one named, or
-        none. Called on every rank; rank 0 compares all files with their manifest.
-
-        Raises:
-            UserError: if it does not exist, is not a checkpoint, or is damaged.
-        """
-        found: list[Any] = [None, None]
-        if world.rank == 0:
-            try:
-                found[0] = self._to_resume(resume_from_checkpoint)
-            except UserError as error:
-                found[1] = str(error)
-        if world.size > 1:
-            dist.broadcast_object_list(found, 0)
-        if found[1]:
-            raise UserError(found[1])
-        return found[0]
-
-    def _to_resume(self, resume_from_checkpoint: bool | str) -> Path | None:
-        if resume_from_checkpoint is False:
-            return None
-        if resume_from_checkpoint is True:
-            steps = self.steps()
-            if not steps:
-                raise UserError(
-                    f"resume_from_checkpoint: {self.output_dir} holds no checkpoint to resume from"
-                )
-            for step in reversed(steps):
-                try:
-                    verify(step)
-                except UserError as error:
-                    print(f"{step.name} is damaged and left out: {error}", file=sys.stderr)
-                else:
-                    return step
-            raise UserError(
-                f"resume_from_checkpoint: no checkpoint in {self.output_dir} is whole: start anew, "
-                "from weights that are"
-            )
-        directory = Path(resume_from_checkpoint).expanduser()
-        if not (directory / "state.json").is_file():
-            raise UserError(f"resume_from_checkpoint: {directory} is not a checkpoint (step_N)")
-        try:
-            verify(directory)
-        except UserError as error:
-            raise UserError(f"resume_from_checkpoint: {directory} is damaged: {error}") from error
-        return directory
-
-    def set_aside(self) -> Path | None:
-        """Move an earlier run's checkpoints into a directory of their own, ``earlier_K``."""
-        steps = self.steps()
-        if not steps:
-            return None
-        number = 1
-        while (aside := self.output_dir / f"earlier_{number}").exists():
-            number += 1
-        aside.mkdir()
-        for step in steps:
-            step.rename(aside / step.name)
-        return aside
 
     def save(self, run: Run, step: int, facts: Mapping[str, Any]) -> Path:
         """Write step_N, then remove what is not to be kept. Called on every rank.
@@ -180,7 +148,7 @@ class Checkpointer:
         self._agree(run.world, own, staging)
         write_state: Write = partial(staging.write_state, state, run.cfg)
         files = chain(
-            self._model_files(run, staging.directory),
+            self._model_files(run, staging.directory, {}),
             self._average_files(run, staging.directory),
             iter([write_state]),
         )
@@ -247,7 +215,7 @@ class Checkpointer:
         reason = "another rank failed" if own.error is None else reason_of(own.error)
         raise UserError(
             f"output_dir: {staging.final.name} could not be saved: {reason}: the checkpoints "
-            "before it are whole; make room, and go on with resume_from_checkpoint=True"
+            "before it are whole; make room, and go on from there: resume_from_checkpoint=auto"
         ) from own.error
 
     def _superfluous(self) -> list[Path]:
@@ -264,16 +232,20 @@ class Checkpointer:
 
     def _average_files(self, run: Run, directory: Path) -> Iterator[Write]:
         for name, average in run.averages().items():
-            with average.applied():
-                yield from self._model_files(run, directory / name)
+            yield from self._model_files(run, directory / name, average.weights())
 
-    def _model_files(self, run: Run, directory: Path) -> Iterator[Write]:
+    def _model_files(
+        self, run: Run, directory: Path, instead: Mapping[str, Tensor]
+    ) -> Iterator[Write]:
+        """What writes the model, with the tensors of ``instead`` for the parameters they name."""
         world, model, tokenizer = run.world, run.model, run.tokenizer
         adapters = adapter_names(model)
         if adapters:
-            yield from save_adapters(model, world, directory, self.weights)
+            yield from save_adapters(model, world, directory, self.weights, instead)
         if not (adapters and self.save_adapter_weights_only):
-            yield from save_weights(model, world, directory, self.weights, self.asynchronous)
+            yield from save_weights(
+                model, world, directory, self.weights, self.asynchronous, instead
+            )
         carried = self.weights is not None and self.weights.naming is not None
         if world.rank == 0 and (tokenizer.mask_token_added or not carried):
             yield partial(tokenizer.save, directory)
@@ -285,8 +257,8 @@ class Checkpointer:
     ) -> None:
         """Fill the model's parameters: from ``checkpoint``, else from ``checkpoint_dir``.
 
-        Adapters come from ``checkpoint`` over the weights of ``checkpoint_dir``. What neither
-        holds is random, by ``seed``.
+        Adapters come from ``checkpoint``, else from ``adapter_checkpoint``, over the weights of
+        ``checkpoint_dir``. What none of them holds is random, by ``seed``.
 
         Raises:
             UserError: if a file does not hold what the model needs.
@@ -300,8 +272,11 @@ class Checkpointer:
             initialize_parameters(model, seed, only=adapters)
         else:
             initialize_parameters(model, seed)
-        if checkpoint:
-            load_adapters(model, checkpoint, self.weights)
+        if source := checkpoint or self.adapters:
+            if adapters:
+                load_adapters(model, source, self.weights)
+            elif self.weights:
+                merge_adapters(model, source, self.weights)
 
     @staticmethod
     def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -313,8 +288,7 @@ class Checkpointer:
         state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
         if "parts" not in state:
             raise UserError(
-                f"resume_from_checkpoint: {checkpoint} was written by an earlier version: start a "
-                "new run from its weights with checkpointer.checkpoint_dir"
+                f"resume_from_checkpoint: {checkpoint} was written by an earlier version: {_ANEW}"
             )
         return state
 
@@ -328,8 +302,7 @@ class Checkpointer:
         load_optimizer(run, checkpoint)
         run.load_state(state["parts"])
         for name, average in run.averages().items():
-            with average.applied():
-                if adapter_names(run.model):
-                    load_adapters(run.model, checkpoint / name, self.weights)
-                else:
-                    Weights(checkpoint / name).load(run.model)
+            if adapter_names(run.model):
+                load_adapters(run.model, checkpoint / name, self.weights, average.weights())
+            else:
+                Weights(checkpoint / name).load(run.model, average.weights())

@@ -70,6 +70,11 @@ def weight_files(directory: Path, key: str) -> list[str]:
     found = sorted(f.name for f in directory.glob("*.safetensors") if f.name != ADAPTER)
     if WEIGHTS in found:
         return [WEIGHTS]
+    if not found and (directory / ADAPTER).is_file():
+        raise UserError(
+            f"checkpointer.{key}: {directory} holds adapters alone: name the weights that they "
+            f"belong to, and {directory} as checkpointer.adapter_checkpoint"
+        )
     if not found:
         pickles = [f.name for x in ("*.bin", "*.pt", "*.pth") for f in directory.glob(x)]
         why = f": {pickles[0]} is a pickle, which can run code: convert it" if pickles else ""

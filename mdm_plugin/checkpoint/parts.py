@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +24,10 @@ OPTIMIZER, AVERAGE = "optimizer", "ema"
 
 
 class Average(Stateful):
-    """An average of the weights, which the model can be given for a time (``training.EMA``)."""
+    """An average of the weights (``training.EMA``)."""
 
-    def applied(self) -> AbstractContextManager[None]:
-        """The model has the average for its weights in here; what is loaded then is the average."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """The average of each trained parameter, by its name, sharded as it is."""
         raise NotImplementedError
 
 

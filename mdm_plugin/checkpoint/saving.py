@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mdm_plugin.checkpoint.adapters import merged
 from mdm_plugin.checkpoint.files import (
@@ -21,28 +21,33 @@ from mdm_plugin.checkpoint.files import (
 )
 from mdm_plugin.checkpoint.manifest import MANIFEST
 from mdm_plugin.checkpoint.weights import Weights
-from mdm_plugin.distributed.parameters import (
-    adapter_names,
-    named_parameters,
-)
+from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.distributed.world import World
 
 # What goes with the weights into an export: configuration, tokenizer and the model's own code,
 # which is carried along as text and never run here.
-_BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 
 
 def save_weights(
-    model: nn.Module, world: World, directory: Path, source: Weights | None, copy: bool = False
+    model: nn.Module,
+    world: World,
+    directory: Path,
+    source: Weights | None,
+    copy: bool = False,
+    instead: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Write]:
     """Write all parameters, adapters merged, laid out as ``source`` is. Iterated on every rank.
+
+    ``instead``: tensors to write for the parameters of their names.
 
     Gives rank 0 what writes one file after another, and the others as many times nothing to do: if
     each is called before the next is asked for, rank 0 never holds more than the largest file. With
     ``copy``, none refers to the model's own memory, and all may be called later.
     """
     adapters = adapter_names(model)
-    names = [name for name in named_parameters(model) if name not in adapters]
+    values = {**named_parameters(model), **(instead or {})}
+    names = [name for name in values if name not in adapters]
     naming = source.naming if source else None
     stored = {hf_name(naming, name): name for name in names}
     files: dict[str, list[str]] = {}
@@ -53,7 +58,7 @@ def save_weights(
     for file, members in files.items():
         tensors = {}
         for name in members:
-            tensor = merged(model, stored[name])
+            tensor = merged(model, values, stored[name])
             if world.rank == 0:
                 tensors[name] = tensor.detach().to("cpu", copy=copy).contiguous()
                 total += tensors[name].nbytes
@@ -65,7 +70,7 @@ def save_weights(
         "metadata": {"total_size": total},
         "weight_map": {name: file for file, members in files.items() for name in members},
     }
-    embeddings = named_parameters(model)["tok_embeddings.weight"]
+    embeddings = values["tok_embeddings.weight"]
     config = dict(source.config)
     for name in ("vocab_size", "embedding_size"):
         if name in config:
@@ -77,7 +82,7 @@ def save_weights(
     def beside() -> None:
         if len(files) > 1:
             (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-        for pattern in _BESIDE:
+        for pattern in BESIDE:
             for path in source.directory.glob(pattern):
                 if path.name not in (INDEX, ADAPTER_CONFIG, MANIFEST, "config.json", "state.json"):
                     shutil.copyfile(path, directory / path.name)

@@ -5,7 +5,7 @@ are called (``mdm_plugin.models.naming``); one without has our own names in mode
 Nothing here unpickles, or runs code from a checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,10 @@ class Weights:
         }
 
     @torch.no_grad()
-    def load(self, model: MDMTransformer) -> None:
+    def load(self, model: MDMTransformer, into: Mapping[str, Tensor] | None = None) -> None:
         """Fill the model's parameters, adapters apart; each rank reads its own shards only.
+
+        ``into``: tensors to fill in the place of all those parameters, by their names.
 
         Raises:
             UserError: if a tensor is missing, unknown, wrongly shaped, or no float.
@@ -114,11 +116,13 @@ class Weights:
         ):
             if wrong:
                 raise UserError(f"{self.directory}: the checkpoint {kind} {some(wrong)}")
-        fill(model, self._values(model, names))
+        parameters = named_parameters(model) if into is None else into
+        fill(model, self._values(model, parameters, names), parameters)
 
-    def _values(self, model: MDMTransformer, names: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    def _values(
+        self, model: MDMTransformer, parameters: Mapping[str, Tensor], names: dict[str, str]
+    ) -> Iterator[tuple[str, Any]]:
         """Each parameter with what is stored of it, file by file."""
-        parameters = named_parameters(model)
         new_rows = model.new_tokens
         for file in sorted(set(self.where.values())):
             with safe_open(file, framework="pt") as opened:

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.config import Float8LinearRecipeName
@@ -13,7 +14,7 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from mdm_plugin.distributed.parameters import adapter_names
-from mdm_plugin.distributed.world import World
+from mdm_plugin.distributed.world import World, mesh_of_one
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.models.transformer import ROTARY
@@ -28,6 +29,8 @@ class Build(NamedTuple):
     activation_checkpointing: recompute each layer in the backward pass.
     cpu_offload: FSDP2's; parameters, gradients and optimizer state rest in CPU memory.
     reshard_after_forward: FSDP2's; False keeps gathered weights until the backward pass.
+    masters: dtype of what is trained and of its gradients, where that is wider than the one that
+        the model computes in; None for that one.
     """
 
     compile: bool = False
@@ -35,6 +38,7 @@ class Build(NamedTuple):
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     reshard_after_forward: bool = True
+    masters: torch.dtype | None = None
 
 
 def build_model(
@@ -42,32 +46,43 @@ def build_model(
 ) -> MDMTransformer:
     """A model on its device and sharded, its parameters empty: fill them before use.
 
-    It is built on the meta device, so that no rank ever holds the whole of it.
+    It is built on the meta device, so that no rank ever holds the whole of it. Where what is
+    trained is wider than ``dtype``, FSDP2 keeps it so, gathers it in ``dtype``, and sums gradients
+    over the ranks in fp32, on a single process too; but a single process's adapters are cast by
+    torch's autocast, which gives the same products and no second copy of their base.
 
     Args:
         build: makes the model.
         world: where; FSDP2 over its mesh if there is one.
-        dtype: of the parameters.
+        dtype: that it computes in.
         how: None for ``Build``'s defaults.
 
     Raises:
         UserError: on ``float8`` that is no recipe, or for a model with adapters; on several ranks
-            and a quantised base: torchao 0.15's NF4 does not pass through
-            the gathering of torch 2.13's FSDP2.
+            or offloading, and a quantised base: torchao 0.15's NF4 does not pass through the
+            gathering of torch 2.13's FSDP2.
     """
     how = how or Build()
     with training.set_default_dtype(dtype), torch.device("meta"):
         model = build()
-    if world.size > 1 and any(isinstance(p.data, NF4Tensor) for p in model.parameters()):
+    sharded = world.size > 1 or how.cpu_offload
+    if sharded and any(isinstance(p.data, NF4Tensor) for p in model.parameters()):
         raise UserError(
-            f"model.quantize_base: {world.size} ranks, and an NF4 base is not sharded: use one "
-            "rank, or leave quantize_base out"
+            "model.quantize_base: an NF4 base is not sharded: use one rank without "
+            "fsdp_cpu_offload, or leave quantize_base out"
         )
     if adapters := adapter_names(model):  # they alone are trained
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in adapters)
-    offloaded = _transform(model, world, how)
-    model.to_empty(device="cpu" if offloaded else world.device)
+    mixed = how.masters not in (None, dtype)
+    if mixed:
+        _widen(model, how.masters)
+    _transform(model, how)
+    if sharded or (mixed and not adapters):
+        _shard(model, world, dtype, how)
+    elif mixed:  # one process need not gather a base that is in `dtype` already
+        model.forward = torch.autocast(world.device.type, dtype)(model.forward)  # type: ignore[method-assign]
+    model.to_empty(device="cpu" if how.cpu_offload else world.device)
     with training.set_default_dtype(dtype), world.device:
         for module in model.modules():
             if isinstance(module, ROTARY):  # no checkpoint holds its buffers
@@ -75,28 +90,45 @@ def build_model(
     return model
 
 
-def _transform(model: MDMTransformer, world: World, how: Build) -> bool:
-    """float8, compiled, checkpointed and sharded, in this order; whether it is offloaded."""
+def compile_backend() -> str:
+    """torch.compile's, by the environment variable that torchtune's recipes read."""
+    return os.environ.get("TORCH_COMPILE_BACKEND", "inductor")
+
+
+def _widen(model: MDMTransformer, dtype: torch.dtype | None) -> None:
+    """Give what is trained another dtype."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                module.register_parameter(name, nn.Parameter(parameter.to(dtype)))
+
+
+def _transform(model: MDMTransformer, how: Build) -> None:
+    """float8, compiled and checkpointed, in this order."""
     if how.float8:
         _to_float8(model, how.float8)
     if how.compile:
         for layer in model.layers:
             # One graph for all lengths; without `dynamic` the second length compiles again.
-            layer.compile(dynamic=True, backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
+            layer.compile(dynamic=True, backend=compile_backend())
     if how.activation_checkpointing:
         training.set_activation_checkpointing(
             model, auto_wrap_policy={TransformerSelfAttentionLayer}
         )
-    if world.mesh is None or world.size == 1:
-        return False
-    training.shard_model(
-        model,
-        [training.get_shard_conditions],
-        cpu_offload=how.cpu_offload,
-        reshard_after_forward=how.reshard_after_forward,
-        dp_mesh=world.mesh,
-    )
-    return how.cpu_offload
+
+
+def _shard(model: MDMTransformer, world: World, dtype: torch.dtype, how: Build) -> None:
+    """FSDP2, each layer by itself: torchtune's ``shard_model`` has no mixed precision."""
+    options: dict[str, Any] = {
+        "mesh": world.mesh or mesh_of_one(world.device),
+        "reshard_after_forward": how.reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+    }
+    if how.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for layer in reversed(model.layers):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
 
 
 def _to_float8(model: MDMTransformer, recipe: str) -> None:

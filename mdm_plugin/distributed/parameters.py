@@ -1,6 +1,6 @@
 """Parameters in whole and in parts: their names, this rank's share, and how they are filled."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,12 +67,17 @@ def dequantized(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, values: Iterable[tuple[str, Any]]) -> None:
+def fill(
+    model: nn.Module,
+    values: Iterable[tuple[str, Any]],
+    into: Mapping[str, Tensor] | None = None,
+) -> None:
     """Copy this rank's parts of whole parameters into the model; NF4 parameters are quantised.
 
     ``values``: name → a tensor of the parameter's shape, or what can be sliced like one.
+    ``into``: tensors to fill in the place of the model's own, by their names.
     """
-    parameters, quantized = named_parameters(model), {}
+    parameters, quantized = named_parameters(model) if into is None else into, {}
     for name, whole in values:
         parameter = parameters[name]
         index, local = local_part(parameter)

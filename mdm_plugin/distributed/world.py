@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,14 @@ class World(NamedTuple):
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
+    def gather(self, x: Any) -> list[Any]:
+        """What each rank has, in the order of the ranks, on every rank."""
+        if self.size == 1:
+            return [x]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, x, group=self.group)
+        return found
+
     def alone(self) -> "World":
         """This process for itself: what it computes is not shared with the others."""
         return World(0, 1, self.device, None)
@@ -63,7 +71,8 @@ def distributed(
         device: ``cpu``, ``cuda``, ….
         shard_dim: ranks that one copy of the model is sharded over (FSDP2); −1 for all that
             ``replicate_dim`` leaves.
-        replicate_dim: copies of the model (HSDP); 1 for plain FSDP2.
+        replicate_dim: copies of the model (HSDP); 1 for plain FSDP2, −1 for as many as
+            ``shard_dim`` leaves.
         timeout_minutes: a collective that waits longer ends the run, with a line that says so.
 
     Raises:
@@ -74,30 +83,25 @@ def distributed(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {device}: {str(error).splitlines()[0]}") from error
     if not training.is_distributed():
-        if replicate_dim != 1 or shard_dim not in (-1, 1):
+        if replicate_dim not in (-1, 1) or shard_dim not in (-1, 1):
             raise UserError(
                 "data_parallel_replicate_dim, data_parallel_shard_dim: this is a single process; "
                 "start more with tune run --nproc_per_node"
             )
-        yield World(0, 1, place, None)
+        try:
+            yield World(0, 1, place, None)
+        finally:
+            if dist.is_initialized():  # by mesh_of_one
+                dist.destroy_process_group()
         return
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if replicate_dim < 1 or size % replicate_dim:
-        raise UserError(
-            f"data_parallel_replicate_dim: {size} ranks do not divide into {replicate_dim} copies"
-        )
-    shard = size // replicate_dim if shard_dim == -1 else shard_dim
-    if shard * replicate_dim != size:
-        raise UserError(
-            f"data_parallel_shard_dim: {shard} × data_parallel_replicate_dim {replicate_dim} is "
-            f"not the number of ranks, {size}"
-        )
-    backend = training.get_distributed_backend(place.type, offload_ops_to_cpu=place.type != "cpu")
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    shard, replicate = _dimensions(size, shard_dim, replicate_dim)
+    dist.init_process_group(_backend(place), timeout=timedelta(minutes=timeout_minutes))
+    end_groups_at_exit()
     try:
-        if replicate_dim > 1:
+        if replicate > 1:
             mesh = init_device_mesh(
-                place.type, (replicate_dim, shard), mesh_dim_names=("dp_replicate", "dp_shard")
+                place.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard")
             )
         else:
             mesh = init_device_mesh(place.type, (size,), mesh_dim_names=("dp_shard",))
@@ -116,7 +120,45 @@ def distributed(
         dist.destroy_process_group()
 
 
-@atexit.register
+def _dimensions(size: int, shard: int, replicate: int) -> tuple[int, int]:
+    """Ranks of a copy, and copies, of ``size`` ranks; −1 for what the other leaves."""
+    if replicate == -1:
+        if shard != -1 and (shard < 1 or size % shard):
+            raise UserError(
+                f"data_parallel_shard_dim: {size} ranks do not divide into groups of {shard}"
+            )
+        replicate = 1 if shard == -1 else size // shard
+    if replicate < 1 or size % replicate:
+        raise UserError(
+            f"data_parallel_replicate_dim: {size} ranks do not divide into {replicate} copies"
+        )
+    shard = size // replicate if shard == -1 else shard
+    if shard * replicate != size:
+        raise UserError(
+            f"data_parallel_shard_dim: {shard} × data_parallel_replicate_dim {replicate} is "
+            f"not the number of ranks, {size}"
+        )
+    return shard, replicate
+
+
+def _backend(device: torch.device) -> str:
+    return training.get_distributed_backend(device.type, offload_ops_to_cpu=device.type != "cpu")
+
+
+def mesh_of_one(device: torch.device) -> DeviceMesh:
+    """A mesh of this process alone, for FSDP2's mixed precision where torchrun made no world."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+        end_groups_at_exit()
+    return init_device_mesh(device.type, (1,), mesh_dim_names=("dp_shard",))
+
+
+def end_groups_at_exit() -> None:
+    """Have the process groups freed before Python ends; for who begins one."""
+    atexit.unregister(_end_process_groups)
+    atexit.register(_end_process_groups)
+
+
 def _end_process_groups() -> None:
     """Free the groups that ``destroy_process_group`` has closed, and so end gloo's threads.
 
@@ -124,7 +166,7 @@ def _end_process_groups() -> None:
     ("terminate called without an active exception"), and torchrun calls the whole run failed.
     A group lives as long as its meshes, and DTensor's caches of shardings keep those.
     """
-    if dist.is_initialized() or not training.is_distributed():
+    if dist.is_initialized():
         return
     gc.collect()
     for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:

@@ -16,7 +16,7 @@ from torchtitan.trainer import Trainer
 
 from mdm_plugin.checkpoint.parts import as_json, check_parts, check_states, kind
 from mdm_plugin.contract import ProbePlan
-from mdm_plugin.distributed.world import World
+from mdm_plugin.distributed.world import World, end_groups_at_exit
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation import BoundEstimator
 from mdm_plugin.models import ChatTokenizer
@@ -95,6 +95,7 @@ class MDMTrainer(Trainer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        end_groups_at_exit()
         dims, loader = self.parallel_dims, self.dataloader
         group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
         self.world = World(loader.rank, loader.ranks, self.device, None, group, averages=False)

@@ -17,6 +17,7 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.models.transformer import HalvesRotary
+from mdm_plugin.training.precision import check_precision
 
 T = TypeVar("T")
 
@@ -77,11 +78,7 @@ def _check_options(cfg: DictConfig) -> None:
             f"batch_layout: {cfg.batch_layout}, but train_eos_padding makes all rows one length: "
             "set train_eos_padding=False, or leave batch_layout out"
         )
-    if cfg.dtype not in ("fp32", "bf16"):
-        raise UserError(
-            f"dtype: {cfg.dtype}: use bf16 or fp32: fp16 would need its losses scaled, and nothing "
-            "here does that"
-        )
+    check_precision(cfg)
     for key, here in _CHECKPOINTERS.items():
         if key in cfg.checkpointer:
             raise UserError(f"checkpointer.{key}: set {here} at the config's top level instead")
@@ -318,19 +315,4 @@ def check_data(model: MDMTransformer, tokenizer: ChatTokenizer, *data: Rows | No
             raise UserError(
                 f"tokenizer.max_seq_len: a row has {longest} tokens, and the model takes "
                 f"{model.max_seq_len}: set it to that, or raise model.max_seq_len"
-            )
-
-
-def check_resume(state: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: Path) -> None:
-    """Check that a checkpoint belongs to the run that the config describes.
-
-    Raises:
-        UserError: naming what differs: going on would be another run.
-    """
-    for key, now in identity.items():
-        if state[key] != now:
-            raise UserError(
-                f"resume_from_checkpoint: {checkpoint} was written with {key} {state[key]}, and "
-                f"the config gives {now}: restore it, or start a new run from its weights with "
-                "checkpointer.checkpoint_dir"
             )

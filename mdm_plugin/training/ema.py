@@ -1,14 +1,14 @@
 """The average of the weights over training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
 
 from mdm_plugin.checkpoint.parts import Average
+from mdm_plugin.distributed.parameters import named_parameters
 
 
 class EMA(Average):
@@ -17,7 +17,7 @@ class EMA(Average):
     Our reading of the paper's *EMA*, of which only the name is known to us. After each
     optimizer step, average ← d·average + (1 − d)·weights, with d = min(decay, (1 + s)/(10 + s))
     at step s, so that the first weights are soon forgotten. Training itself goes on from the
-    weights. A checkpoint holds the average in ema/.
+    weights. The average is fp32, whatever they are. A checkpoint holds it in ema/.
 
     Args:
         model: whose weights; sharded parameters give a sharded average.
@@ -31,36 +31,42 @@ class EMA(Average):
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: use 0 up to below 1")
         self.decay = decay
-        self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.weights]
+        self.trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+        # In bf16 a change of 1 − d would be rounded away.
+        self.average = {
+            name: p.detach().to(torch.float32, copy=True) for name, p in self.trained.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, one tensor for each trained parameter; sharded as they are."""
-        return {"average": self.average}
+        """The average of each trained parameter, by its name; sharded as they are."""
+        return dict(self.average)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over an average of the same model."""
-        for own, stored in zip(self.average, state_dict["average"], strict=True):
-            own.copy_(stored)
+        for name, own in self.average.items():
+            own.copy_(state_dict[name])
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The average itself, by parameters' names: what is copied into it is the average."""
+        return self.average
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` (0, 1, …)."""
-        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
-        average(self.average, [p.detach() for p in self.weights], step)
+        change = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, mean in self.average.items():
+            mean.lerp_(self.trained[name].detach().to(mean.dtype), change)
 
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """The model has the average for its weights in here; what is loaded then is the average."""
-        own = [p.detach().clone() for p in self.weights]
+        """The model has the average for its weights in here, in their dtype."""
+        own = {name: p.detach().clone() for name, p in self.trained.items()}
         try:
-            for parameter, mean in zip(self.weights, self.average, strict=True):
-                parameter.copy_(mean)
+            for name, p in self.trained.items():
+                p.copy_(self.average[name])
             yield
-            for parameter, mean in zip(self.weights, self.average, strict=True):
-                mean.copy_(parameter)
         finally:
-            for parameter, weight in zip(self.weights, own, strict=True):
-                parameter.copy_(weight)
+            for name, p in self.trained.items():
+                p.copy_(own[name])

@@ -19,6 +19,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
+from mdm_plugin.distributed.parameters import adapter_names
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.training.step import Corrupted, corrupt, forward_loss
 
@@ -48,8 +49,9 @@ class Memory(NamedTuple):
 class Job(NamedTuple):
     """What a rank is to do in a micro-batch.
 
-    model: of fake tensors. estimator, rows: what it trains on. mode: of the fake tensors.
-    shards: ranks that share a copy of the model. accumulation: micro-batches of a step.
+    model: of fake tensors, in the dtype that it computes in. estimator, rows: what it trains on.
+    mode: of the fake tensors. shards: ranks that share a copy of the model. accumulation:
+    micro-batches of a step. masters: dtype of what is trained, at rest.
     """
 
     model: MDMTransformer
@@ -58,6 +60,26 @@ class Job(NamedTuple):
     mode: FakeTensorMode
     shards: int
     accumulation: int
+    masters: torch.dtype
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def widening(self) -> float:
+        """Bytes of what is trained at rest, for each byte that is computed with."""
+        return self.masters.itemsize / self.trained[0].element_size()
+
+    @property
+    def gathers(self) -> bool:
+        """Whether FSDP2 runs the model, as ``build_model`` decides."""
+        return self.shards > 1 or (self.widening > 1 and not adapter_names(self.model))
+
+    def resting(self) -> float:
+        """Bytes of all parameters at rest, of all shards."""
+        frozen = sum(_nbytes(p) for p in self.model.parameters() if not p.requires_grad)
+        return frozen + self.widening * sum(p.nbytes for p in self.trained)
 
 
 def memory(cfg: DictConfig, job: Job) -> Memory:
@@ -80,15 +102,14 @@ def memory(cfg: DictConfig, job: Job) -> Memory:
     first, second = measured
     step = StepBytes._make(a + (b - a) * more for a, b in zip(first, second, strict=True))
 
-    parameters = sum(_nbytes(p) for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = 0 if cfg.optimizer_in_bwd else sum(p.nbytes for p in trained)
+    parameters, trained, wider = job.resting(), job.trained, job.widening
+    gradients = 0 if cfg.optimizer_in_bwd else wider * sum(p.nbytes for p in trained)
     masked = min(loss.chunk_size, len(noisy.targets.labels))
     vocabulary = model.tok_embeddings.num_embeddings
     size = trained[0].element_size()
     logits = masked * vocabulary * (4 if size == 4 else size + 4)
-    gathered = _gathered(model) if shards > 1 else 0
-    backward = max(step.passing, step.late + step.late_gradients / shards)
+    gathered = _gathered(model) if job.gathers else 0
+    backward = max(step.passing, step.late + wider * step.late_gradients / shards)
     if cfg.optimizer_in_bwd:
         backward = step.passing
     elif job.accumulation > 1:  # the gradient of the micro-batches before is there all the time
@@ -124,7 +145,7 @@ class StepBytes(NamedTuple):
 def _step(cfg: DictConfig, job: Job, noisy: Corrupted) -> StepBytes:
     """The bytes of a step of ``job`` with the layers that its model has now."""
     model, mode, loss = job.model, job.mode, job.estimator.loss
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = job.trained
     late = gradients = 0
     # Else gradients go as they come, or are there from the micro-batches before.
     if job.accumulation == 1 and not cfg.optimizer_in_bwd:
@@ -138,7 +159,8 @@ def _step(cfg: DictConfig, job: Job, noisy: Corrupted) -> StepBytes:
     for hook in hooks:
         hook.remove()
     with mode:
-        state, stepping = _optimizer_bytes(cfg, trained)
+        masters = [nn.Parameter(torch.empty_like(p, dtype=job.masters)) for p in trained]
+        state, stepping = _optimizer_bytes(cfg, masters)
     passing = sum(dropped.values()) - dropped["PARAM"]
     return StepBytes(passing, late, gradients, state, stepping)
 
@@ -206,10 +228,12 @@ def _nbytes(parameter: Tensor) -> int:
 
 
 def _gathered(model: MDMTransformer) -> int:
-    """Whole parameters while FSDP2 runs a layer and fetches the next, and their gradients."""
+    """What FSDP2 has whole while it runs a layer and fetches the next: parameters in the dtype that
+    is computed in, their gradients, and those of a layer in fp32 for the sum over the ranks."""
     layer = max(sum(_nbytes(p) for p in layer.parameters()) for layer in model.layers)
     inner = {id(p) for layer in model.layers for p in layer.parameters()}
     outer = [p for p in model.parameters() if id(p) not in inner]
-    learnt = sum(p.nbytes for p in model.layers[0].parameters() if p.requires_grad)
-    learnt += sum(p.nbytes for p in outer if p.requires_grad)
-    return 2 * layer + sum(p.nbytes for p in outer) + learnt
+    learnt = [p for p in model.layers[0].parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in learnt) + sum(p.nbytes for p in outer if p.requires_grad)
+    summed = sum(4 * p.numel() for p in learnt if p.element_size() < 4)
+    return 2 * layer + sum(p.nbytes for p in outer) + gradients + summed

@@ -17,8 +17,10 @@ from mdm_plugin.data.batches import Batch
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import MDMTransformer
+from mdm_plugin.training.batches import read_datasets
 from mdm_plugin.training.checks import check_adapters, check_estimator, is_causal, read_estimator
 from mdm_plugin.training.memory import Job, Memory, memory
+from mdm_plugin.training.precision import check_precision
 
 GIB = 2**30
 
@@ -56,6 +58,7 @@ def plan(cfg: DictConfig, adapters: bool) -> str:
     estimator, mode = read_estimator(cfg, mask_id=0), FakeTensorMode()
     model = _fake_model(cfg, adapters, mode)
     check_estimator(estimator, is_causal(model))
+    check_precision(cfg)
     size = cfg.batch_size * ranks * accumulation
     length, lines = _data(cfg, model, size, estimator)
     length = -(-length // cfg.pad_to_multiple_of) * cfg.pad_to_multiple_of
@@ -67,12 +70,14 @@ def plan(cfg: DictConfig, adapters: bool) -> str:
         torch.arange(cfg.batch_size),
     )
     shards = ranks // cfg.data_parallel_replicate_dim
-    need = memory(cfg, Job(model, estimator, rows, mode, shards, accumulation))
+    masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
+    job = Job(model, estimator, rows, mode, shards, accumulation, masters)
+    need = memory(cfg, job)
     total = sum(p.numel() for p in model.parameters())
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     out = [
-        f"Dry run: {total:,} parameters, {learnt:,} of them trained, {cfg.dtype}; {ranks} ranks, "
-        f"each copy of the model on {shards}",
+        f"Dry run: {total:,} parameters, {learnt:,} of them trained in {cfg.master_dtype}, "
+        f"computed with in {cfg.dtype}; {ranks} ranks, each copy of the model on {shards}",
         f"a micro-batch: {cfg.batch_size} rows of {length} tokens, "
         f"{estimator.masking.views} view(s) each; a step: {size} rows",
         "",
@@ -80,7 +85,7 @@ def plan(cfg: DictConfig, adapters: bool) -> str:
         *(f"  {name:12} {size / GIB:9.3f}" for name, size in need._asdict().items()),
         "",
         *lines,
-        f"A checkpoint: {_saved(cfg, model, need.optimizer * shards) / GIB:.2f} GiB",
+        f"A checkpoint: {_saved(cfg, job, need.optimizer * shards) / GIB:.2f} GiB",
     ]
     return "\n".join(out) + _fit(cfg, need, given)
 
@@ -110,12 +115,14 @@ def _fake_model(cfg: DictConfig, adapters: bool, mode: FakeTensorMode) -> MDMTra
     return model
 
 
-def _saved(cfg: DictConfig, model: MDMTransformer, optimizer: float) -> float:
+def _saved(cfg: DictConfig, job: Job, optimizer: float) -> float:
     """Bytes of a checkpoint."""
-    trained = adapter_names(model)
-    saved = sum(p.nbytes for p in model.parameters() if p.requires_grad) if trained else 0
-    if not (trained and cfg.checkpointer.get("save_adapter_weights_only")):
-        names = named_parameters(model)
+    trained = adapter_names(job.model)
+    if not trained:
+        return job.resting() + optimizer
+    saved = job.widening * sum(p.nbytes for p in job.trained)
+    if not cfg.checkpointer.get("save_adapter_weights_only"):
+        names = named_parameters(job.model)
         saved += sum(p.nbytes for name, p in names.items() if name not in trained)
     return saved + optimizer
 
@@ -126,7 +133,7 @@ def _data(
     """The longest row, and lines on the run's length; from the data if they are there."""
     try:
         tokenizer = instantiate(cfg, "tokenizer")
-        rows = instantiate(cfg, "dataset", tokenizer)
+        rows, _ = read_datasets(cfg, tokenizer)
         batches = GlobalBatches(rows, Split(size), Padding(0), seed=cfg.seed)
     except UserError as error:
         longest = cfg.tokenizer.get("max_seq_len") or model.max_seq_len
@@ -163,9 +170,9 @@ def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:
         return f"\nFits: {need.peak / GIB:.2f} of {room:.1f} GiB"
     passing = need.activations + need.logits
     if need.peak - passing > room * GIB:
-        advice = "use more ranks (tune run --nproc_per_node), a LoRA model, or an 8-bit optimizer"
-        if need.optimizer > need.parameters:
-            advice += " (optimizer._component_=torchao.optim.AdamW8bit)"
+        advice = "use more ranks (tune run --nproc_per_node), or a LoRA model"
+        if need.optimizer > 1.5 * need.parameters and cfg.dtype == "bf16":
+            advice += ", or master_dtype=bf16 optimizer=torchao.optim.AdamW8bit"
     elif not cfg.enable_activation_checkpointing:
         advice = "set enable_activation_checkpointing=True"
     elif cfg.batch_size > 1:

@@ -1,10 +1,8 @@
-"""Signals that end a run at a checkpoint, and launches that begin again after a failure."""
+"""Signals that end a run at a checkpoint."""
 
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -57,26 +55,3 @@ class Stop:
         number = torch.tensor(self.number)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return int(number)
-
-
-def is_restart(world: World, output_dir: Path) -> bool:
-    """Whether torchrun (``--max-restarts``) began this run in ``output_dir`` before, and it failed.
-
-    Rank 0 leaves the launch's name there: its ``--rdzv-id``, or where there is none, the process
-    that launched it. Called on every rank.
-    """
-    answer = [False]
-    if world.rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-        name = os.environ["TORCHELASTIC_RUN_ID"]
-        name = f"process {os.getppid()}" if name == "none" else name
-        file = output_dir / ".launch"
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        answer = [again and file.is_file() and file.read_text() == name]
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            file.write_text(name)
-        except OSError as error:  # the first checkpoint will say so, or the check of output_dir
-            print(f"{file}: {error.strerror}", file=sys.stderr)
-    if world.size > 1:
-        dist.broadcast_object_list(answer, 0)
-    return answer[0]

@@ -14,7 +14,8 @@ from mdm_plugin.distributed.parameters import adapter_names, initialize_paramete
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import dream, from_autoregressive, llada, lora_dream, lora_llada
-from tests.checkpoints import OURS, full_attention, oracle, tensors, write
+from mdm_plugin.training import Checkpointer
+from tests.checkpoints import OURS, as_llada, full_attention, oracle, tensors, write
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 LORA = {"lora_rank": 4, "lora_alpha": 8, "apply_lora_to_mlp": True}
@@ -140,6 +141,11 @@ def test_adapters_merged_unmerged_and_in_peft_give_the_same_logits(
     source.load(again)
     load_adapters(again, out, source)
     assert torch.equal(logits(again), changed)
+    for name in out.glob("model*.safetensors"):  # the adapters alone, on the base
+        name.unlink()
+    plain = ours(family)
+    Checkpointer("x", str(directory), adapter_checkpoint=str(out)).load_weights(plain)
+    assert (logits(plain) - changed).abs().max() <= 1e-4
 
     base = truth
     if family == "llada":  # PEFT on a model whose modules are called as LLaDA's own
@@ -148,38 +154,28 @@ def test_adapters_merged_unmerged_and_in_peft_give_the_same_logits(
     assert (full_attention(opened, TOKENS) - changed).abs().max() <= 1e-4
 
 
-def as_llada(truth):
-    """transformers' Llama with its modules under LLaDA's names, as its remote code has them."""
-
-    class Named(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = torch.nn.Module()
-            self.model.transformer = torch.nn.Module()
-            self.model.transformer.blocks = torch.nn.ModuleList()
-            for layer in truth.model.layers:
-                block = torch.nn.Module()
-                block.q_proj, block.k_proj = layer.self_attn.q_proj, layer.self_attn.k_proj
-                block.v_proj, block.attn_out = layer.self_attn.v_proj, layer.self_attn.o_proj
-                block.ff_proj, block.up_proj = layer.mlp.gate_proj, layer.mlp.up_proj
-                block.ff_out = layer.mlp.down_proj
-                self.model.transformer.blocks.append(block)
-            self.model.transformer.ff_out = truth.lm_head
-            self.config, self.dtype = truth.config, truth.dtype
-
-        def forward(self, *args, **kwargs):
-            for layer, block in zip(truth.model.layers, self.model.transformer.blocks, strict=True):
-                attn, mlp = layer.self_attn, layer.mlp
-                attn.q_proj, attn.k_proj = block.q_proj, block.k_proj
-                attn.v_proj, attn.o_proj = block.v_proj, block.attn_out
-                mlp.gate_proj, mlp.up_proj = block.ff_proj, block.up_proj
-                mlp.down_proj = block.ff_out
-            return truth(*args, **kwargs)
-
-        def prepare_inputs_for_generation(self, *args, **kwargs):
-            raise NotImplementedError
-
-    return Named()
+def test_adapters_alone_are_used_with_their_base_or_refused(family, checkpoint, tmp_path):
+    directory, _ = checkpoint
+    source, model = Weights(directory), ours(family, lora={})
+    initialize_parameters(model, 0)
+    out = tmp_path / "out"
+    run(save_adapters(model, ALONE, out, source))
+    with pytest.raises(UserError, match=r"holds adapters alone: name the weights .*adapter_check"):
+        Checkpointer("x", str(out))
+    with pytest.raises(UserError, match=r"adapter_checkpoint: .* has no adapter_model.safetensors"):
+        Checkpointer("x", str(directory), adapter_checkpoint=str(directory))
+    with pytest.raises(UserError, match="checkpoint_dir is not"):
+        Checkpointer("x", adapter_checkpoint=str(out))
+    run(save_weights(model, ALONE, out, source))
+    with pytest.raises(UserError, match="adapters merged already"):
+        Checkpointer("x", str(out), adapter_checkpoint=str(out))
+    other = ours(family, embed_dim=32, lora={})  # adapters of another model
+    initialize_parameters(other, 0)
+    run(save_adapters(other, ALONE, tmp_path / "other", source))
+    with pytest.raises(UserError, match="does not fit its"):
+        Checkpointer("x", str(directory), adapter_checkpoint=str(tmp_path / "other")).load_weights(
+            ours(family)
+        )
 
 
 @pytest.mark.parametrize("new_tokens", [0, 3])

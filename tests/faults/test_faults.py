@@ -20,6 +20,7 @@ from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.training import Checkpointer
 from mdm_plugin.training.guard import Guard
+from mdm_plugin.training.resume import find_checkpoint
 from mdm_plugin.training.step import Result
 from tests.conftest import BIN, scalars
 from tests.faults.runs import TINY, Fault, arguments, run
@@ -37,6 +38,12 @@ def parameters(directory: Path) -> dict[str, torch.Tensor]:
 
 def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def found(directory: Path, asked: bool | str = True) -> Path | None:
+    """The checkpoint of a run that is resumed."""
+    cfg = OmegaConf.create({"resume_from_checkpoint": asked})
+    return find_checkpoint(cfg, Checkpointer(str(directory)), ALONE)
 
 
 @pytest.fixture(scope="module", params=[1, 2] if ALL else [1], ids=lambda n: f"{n} ranks")
@@ -67,8 +74,7 @@ def test_killed_at_random_and_resumed_it_ends_bit_equal(unbroken, data_dir, tmp_
         given = arguments(data_dir, out, f"batch_size={8 // ranks}", mode)
         codes, _ = run(given, ranks, Fault("kill", at, rank=number % ranks))
         assert codes[number % ranks] == -9, (at, codes)
-        resumable = Checkpointer(str(out)).steps()
-        codes, _ = run([*given, f"resume_from_checkpoint={bool(resumable)}"], ranks)
+        codes, _ = run(given, ranks)  # the same command line
         assert codes == [0] * ranks, at
         assert same(parameters(out), whole), (at, events[at - 1])
 
@@ -79,7 +85,7 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(unbroken, data_dir, t
     codes, _ = run(given, ranks, Fault("term", 6, rank=ranks - 1))
     assert codes == [143] * ranks
     assert Checkpointer(str(tmp_path)).steps()[-1].name == "step_6"
-    codes, _ = run([*given, "resume_from_checkpoint=True"], ranks)
+    codes, _ = run(given, ranks)
     assert codes == [0] * ranks and same(parameters(tmp_path), parameters(directory))
 
 
@@ -91,10 +97,10 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_is_whole(unbroken, data
     assert codes == [2] * ranks
     line = [x for x in Path(f"{log}.0").read_text().splitlines() if x.startswith("error: ")]
     assert len(line) == 1 and "step_8 could not be saved: " in line[0] and "whole" in line[0]
-    newest = Checkpointer(str(tmp_path / "run")).to_resume(True, ALONE)
+    newest = found(tmp_path / "run")
     assert newest and newest.name == "step_4"
     assert not list((tmp_path / "run").glob(".staging*"))
-    codes, _ = run([*given, "resume_from_checkpoint=True"], ranks)
+    codes, _ = run(given, ranks)
     assert codes == [0] * ranks and same(parameters(tmp_path / "run"), parameters(directory))
 
 
@@ -109,24 +115,6 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(data_dir, tmp_path):
     incident = json.loads((tmp_path / "run/incidents.jsonl").read_text())
     assert incident["step"] == 5 and incident["kind"] == "not finite"
     assert "step 5: loss " in Path(f"{tmp_path}/log.0").read_text()
-
-
-def test_a_restart_resumes_alone_and_another_launch_does_not(unbroken, data_dir, tmp_path):
-    directory, events, ranks = unbroken
-    seventh = [i for i, e in enumerate(events, 1) if e == "step"][6]
-    given = arguments(data_dir, tmp_path / "run", f"batch_size={8 // ranks}")
-    first = {"TORCHELASTIC_RUN_ID": "a job"}
-    codes, _ = run(given, ranks, Fault("kill", seventh), TORCHELASTIC_RESTART_COUNT="0", **first)
-    assert codes[0] == -9
-    log = tmp_path / "log"
-    codes, _ = run(given, ranks, None, log, TORCHELASTIC_RESTART_COUNT="1", **first)
-    assert codes == [0] * ranks
-    assert "resuming from" in Path(f"{log}.0").read_text()
-    assert same(parameters(tmp_path / "run"), parameters(directory))
-    log = tmp_path / "another"
-    codes, _ = run(given, ranks, None, log, TORCHELASTIC_RUN_ID="b", TORCHELASTIC_RESTART_COUNT="1")
-    assert codes == [0] * ranks
-    assert "resuming from" not in Path(f"{log}.0").read_text()
 
 
 @pytest.mark.parametrize("kind", ["kill", "hang"])
@@ -189,11 +177,11 @@ def test_two_ranks_then_one_then_four_are_the_same_run(data_dir, tmp_path):
     whole = tmp_path / "whole"
     codes, _ = run(arguments(data_dir, whole, "batch_size=8"), 1)
     assert codes == [0]
-    out, resume = tmp_path / "run", "resume_from_checkpoint=True"
+    out = tmp_path / "run"
     for ranks, more, signalled in (
         (2, ("batch_size=4",), 7),
-        (1, ("batch_size=2", "gradient_accumulation_steps=4", resume), 6),
-        (4, ("batch_size=2", resume), None),
+        (1, ("batch_size=2", "gradient_accumulation_steps=4"), 6),
+        (4, ("batch_size=2",), None),
     ):
         fault = Fault("term", signalled) if signalled else None
         given = arguments(data_dir, out, *more, "save_every_n_steps=100")
@@ -208,8 +196,7 @@ def test_two_ranks_then_one_then_four_are_the_same_run(data_dir, tmp_path):
 def test_each_flipped_byte_and_each_truncation_is_noticed(unbroken, tmp_path):
     """And the checkpoint before it is the one to resume from."""
     directory, _, _ = unbroken
-    checkpointer = Checkpointer(str(directory))
-    *_, before, last = checkpointer.steps()
+    *_, before, last = Checkpointer(str(directory)).steps()
     files = [f for f in sorted(last.rglob("*")) if f.is_file()]
     draw = random.Random(1)
     for number in range(200):
@@ -222,18 +209,18 @@ def test_each_flipped_byte_and_each_truncation_is_noticed(unbroken, tmp_path):
         else:
             file.write_bytes(content[:place])
         try:
-            found = checkpointer.to_resume(True, ALONE)
+            newest = found(directory)
             # A manifest may be another text for the same list: JSON has spaces to spare.
-            assert found == before or (file.name == MANIFEST and found == last), file
-            if found == last:
+            assert newest == before or (file.name == MANIFEST and newest == last), file
+            if newest == last:
                 verify(last)
         finally:
             file.write_bytes(content)
-    assert checkpointer.to_resume(True, ALONE) == last
+    assert found(directory) == last
     with pytest.raises(UserError, match=r"is damaged: .*model.safetensors: is missing"):
         (last / "model.safetensors").rename(tmp_path / "away")
         try:
-            checkpointer.to_resume(str(last), ALONE)
+            found(directory, str(last))
         finally:
             (tmp_path / "away").rename(last / "model.safetensors")
 

@@ -27,7 +27,7 @@ ADAPTIVE = (
 
 @pytest.mark.parametrize("sampler", [PARETO, ADAPTIVE], ids=["ParetoOptimal", "Adaptive"])
 def test_two_ranks_and_accumulation_are_the_run_of_one_rank(tune, tmp_path, sampler):
-    common = (*sampler, "masking=mdm_plugin.masking.Complement")
+    common = (*sampler, "masking=mdm_plugin.masking.FixedCount")
     tune(*common, out="one")
     tune(*common, "batch_size=2", "gradient_accumulation_steps=2", launch=TWO_RANKS, out="two")
     assert_same(curves(tmp_path, "two"), curves(tmp_path, "one"), 1e-4)

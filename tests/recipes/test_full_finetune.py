@@ -160,7 +160,7 @@ def test_a_killed_run_resumes_to_bit_equal_parameters(tune, tmp_path, data_dir):
     ]
     kill_at(12, arguments, tmp_path, tmp_path / "log")
     assert sorted(d.name for d in (tmp_path / "killed").glob("step_*")) == ["step_10", "step_5"]
-    tune(*common, "resume_from_checkpoint=True", out="killed")
+    tune(*common, out="killed")  # the same command line
     whole, killed = (tmp_path / out / "step_20" for out in ("whole", "killed"))
     for name, weight in load_file(whole / "model.safetensors").items():
         assert torch.equal(load_file(killed / "model.safetensors")[name], weight), name
@@ -174,7 +174,7 @@ def test_two_ranks_resume_to_the_run_that_would_have_been(tune, tmp_path):
     tune(*common, launch=TWO_RANKS, out="whole")
     (tmp_path / "part").mkdir()
     os.rename(tmp_path / "whole/step_10", tmp_path / "part/step_10")
-    tune(*common, "resume_from_checkpoint=True", launch=TWO_RANKS, out="part")
+    tune(*common, launch=TWO_RANKS, out="part")
     weights = [load_file(tmp_path / out / "step_20/model.safetensors") for out in ("whole", "part")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -188,14 +188,15 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tune, tmp_path):
     assert "resuming from" in done.stdout and "step_20, step 20 of 40" in done.stdout
 
 
-def test_keep_last_n_and_a_new_run_in_the_same_place(tune, tmp_path):
+def test_keep_last_n_and_the_same_command_again(tune, tmp_path):
     tune("save_every_n_steps=4", "keep_last_n=2")
-    assert sorted(d.name for d in (tmp_path / "out").glob("step_*")) == ["step_16", "step_20"]
-    done = tune("max_steps_per_epoch=2")
-    assert "an earlier run's checkpoints are now in" in done.stdout
-    earlier = tmp_path / "out/earlier_1"
-    assert sorted(d.name for d in earlier.iterdir()) == ["step_16", "step_20"]
-    assert [d.name for d in (tmp_path / "out").glob("step_*")] == ["step_2"]
+    names = ["step_16", "step_20"]
+    assert sorted(d.name for d in (tmp_path / "out").glob("step_*")) == names
+    done = tune("save_every_n_steps=4", "keep_last_n=2")
+    assert "step_20, step 20 of 20" in done.stdout and "the run is complete" in done.stdout
+    done = tune("max_steps_per_epoch=2", check=False)
+    assert done.returncode == 2 and "max_steps_per_epoch is 20 there, and 2" in done.stderr
+    assert sorted(d.name for d in (tmp_path / "out").glob("step_*")) == names
 
 
 def test_weights_of_a_checkpoint_start_a_new_run(tune, tmp_path):
@@ -250,18 +251,50 @@ def test_training_learns_and_shows_it(tune, tmp_path, data_dir):
 
 
 def test_bf16_follows_fp32_s_run(tune, tmp_path):
-    """Each step's loss to bf16's precision, the gradient's norm nearly so; and it learns."""
+    """Each step's loss to bf16's precision, the gradient's norm nearly so; and it learns. What is
+    trained is fp32, on one rank and on two, which are the same run."""
     common = ("optimizer.lr=1e-2",)
     tune(*common, out="fp32")
     tune(*common, "dtype=bf16", out="bf16")
-    full, half = (scalars(tmp_path / x) for x in ("fp32", "bf16"))
-    for name, near in (("train/loss", 0.02), ("train/grad_norm", 0.1)):
-        a, b = (torch.tensor(x[name]) for x in (half, full))
-        assert ((a - b).abs() / b).max() < near, name
-        assert (a != b).any()
-    assert sum(half["train/loss"][-5:]) < 0.9 * sum(half["train/loss"][:5])
-    stored = load_file(tmp_path / "bf16/step_20/model.safetensors")
-    assert {x.dtype for x in stored.values()} == {torch.bfloat16}
+    tune(*common, "dtype=bf16", "batch_size=4", launch=TWO_RANKS, out="two")
+    tune(*common, "dtype=bf16", *PLAIN_BF16, out="plain")
+    full = scalars(tmp_path / "fp32")
+    for out in ("bf16", "two", "plain"):
+        half = scalars(tmp_path / out)
+        for name, near in (("train/loss", 0.02), ("train/grad_norm", 0.1)):
+            a, b = (torch.tensor(x[name]) for x in (half, full))
+            assert ((a - b).abs() / b).max() < near, (out, name)
+            assert (a != b).any()
+        assert sum(half["train/loss"][-5:]) < 0.9 * sum(half["train/loss"][:5])
+        stored = load_file(tmp_path / out / "step_20/model.safetensors")
+        kept = torch.bfloat16 if out == "plain" else torch.float32
+        assert {x.dtype for x in stored.values()} == {kept}
+    one, two = (load_file(tmp_path / out / "step_20/model.safetensors") for out in ("bf16", "two"))
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, rtol=0.05, atol=5e-3)
+
+
+PLAIN_BF16 = ("master_dtype=bf16", "stochastic_rounding=False")
+
+
+def test_mixed_precision_resumes_to_the_same_bits_on_any_number_of_ranks(tune, tmp_path):
+    common = ("dtype=bf16", "save_every_n_steps=10", "ema._component_=mdm_plugin.training.EMA")
+    common += ("model.attn_dropout=0.1",)  # whose draws are no matter of history either
+    for ranks, rows in ((1, 8), (2, 4)):
+        launch, given = ("--nproc_per_node", ranks) if ranks > 1 else (), f"batch_size={rows}"
+        tune(*common, given, launch=launch, out=f"whole{ranks}")
+        part = tmp_path / f"part{ranks}"
+        part.mkdir()
+        os.rename(tmp_path / f"whole{ranks}/step_10", part / "step_10")
+        done = tune(*common, given, launch=launch, out=f"part{ranks}")
+        assert "resuming from" in done.stdout
+        for place in ("", "ema/"):
+            a, b = (
+                load_file(tmp_path / f"{x}{ranks}/step_20/{place}model.safetensors")
+                for x in ("whole", "part")
+            )
+            assert all(torch.equal(a[name], b[name]) for name in a)
+            assert {x.dtype for x in a.values()} == {torch.float32}
 
 
 def test_another_logger_gets_the_figures(tune, tmp_path):

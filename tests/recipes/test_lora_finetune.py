@@ -84,21 +84,47 @@ def test_a_killed_run_resumes_to_bit_equal_adapters(lora, base, tmp_path, data_d
         *(*LORA, *common),
     ]
     kill_at(12, arguments, tmp_path, tmp_path / "log")
-    lora(*common, "resume_from_checkpoint=True", out="killed")
+    lora(*common, out="killed")  # the same command line
     whole, killed = (load_file(tmp_path / x / "step_20" / ADAPTER) for x in ("whole", "killed"))
     assert all(torch.equal(x, killed[name]) for name, x in whole.items())
+
+
+def test_adapters_are_fp32_on_a_bf16_base_and_two_ranks_follow_one(lora, tmp_path):
+    """One process casts them by autocast, two by FSDP2."""
+    common = ("dtype=bf16", "save_every_n_steps=10", "ema._component_=mdm_plugin.training.EMA")
+    lora(*common, "batch_size=8", out="one")
+    lora(*common, "batch_size=4", launch=TWO_RANKS, out="two")
+    assert_same(curves(tmp_path, "two"), curves(tmp_path, "one"), 1e-2)
+    for out in ("one", "two"):
+        stored = load_file(tmp_path / out / "step_20" / ADAPTER)
+        assert {x.dtype for x in stored.values()} == {torch.float32}
+        assert {x.dtype for x in tensors(tmp_path / out / "step_20").values()} == {torch.bfloat16}
+        (tmp_path / f"{out}_again").mkdir()
+        (tmp_path / out / "step_10").rename(tmp_path / f"{out}_again/step_10")
+        if out == "one":
+            lora(*common, "batch_size=8", out="one_again")
+        else:
+            lora(*common, "batch_size=4", launch=TWO_RANKS, out="two_again")
+        for place in (ADAPTER, f"ema/{ADAPTER}"):
+            whole, again = (
+                load_file(tmp_path / x / "step_20" / place) for x in (out, f"{out}_again")
+            )
+            assert all(torch.equal(x, again[name]) for name, x in whole.items())
+            assert {x.dtype for x in whole.values()} == {torch.float32}
 
 
 WIDE = ("model.embed_dim=128", "model.intermediate_dim=256", "model.quantize_base=True")
 
 
 @pytest.mark.parametrize("base", [4], indirect=True)
-def test_a_quantised_base_trains_its_adapters_and_resumes(lora, tmp_path):
-    lora(*WIDE, "save_every_n_steps=10", out="whole")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_quantised_base_trains_its_adapters_and_resumes(lora, tmp_path, dtype):
+    common = (*WIDE, f"dtype={dtype}", "save_every_n_steps=10")
+    lora(*common, out="whole")
     loss = scalars(tmp_path / "whole")["train/loss"]
     assert sum(loss[-5:]) < 0.9 * sum(loss[:5])
     resume = f"resume_from_checkpoint={tmp_path / 'whole/step_10'}"
-    lora(*WIDE, resume, out="resumed")
+    lora(*common, resume, out="resumed")
     whole, resumed = (load_file(tmp_path / x / "step_20" / ADAPTER) for x in ("whole", "resumed"))
     assert all(torch.equal(x, resumed[name]) for name, x in whole.items())
 
@@ -115,7 +141,7 @@ def test_what_cannot_be_quantised_is_refused(lora):
     done = lora("model.quantize_base=True", check=False)  # matrices too small
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: model: ")
     done = lora(*WIDE, "batch_size=4", launch=TWO_RANKS, check=False)
-    assert done.returncode != 0 and "error: model.quantize_base: 2 ranks" in done.stderr
+    assert done.returncode != 0 and "error: model.quantize_base: an NF4 base is not" in done.stderr
 
 
 def test_each_recipe_refuses_the_other_s_model(tune, lora, tmp_path):

@@ -48,13 +48,11 @@ def script(name: str, task: str, seed: int, data: str, output: Path) -> str:
     evaluate = ["--config", str(HERE / "evaluate_8b.yaml"), f"data={data}", f"task={task}"]
     tune = "tune run --nproc_per_node ${GPUS:-8}"
     last = f'last="$(ls -d {where}/step_* 2>/dev/null | sort -V | tail -n 1 || true)"'
-    resume = 'resume_from_checkpoint="$([ -n "$last" ] && echo True || echo False)"'
     return "\n".join(
         [
             "set -euo pipefail",
             f"export PYTHONPATH={ROOT} MDM_ALLOW_COMPONENTS=benchmarks.study",
-            last,
-            f"{tune} mdm_full_finetune {shlex.join(train)} {resume}",
+            f"{tune} mdm_full_finetune {shlex.join(train)}",
             last,
             'if [ -d "$last/ema" ]; then last="$last/ema"; fi',
             f'{tune} mdm_eval {shlex.join(evaluate)} checkpoint="$last" output_dir={where}/eval',
