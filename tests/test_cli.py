@@ -45,6 +45,7 @@ def test_a_copied_config_runs_with_mdm_and_with_tune(command, tmp_path, data_dir
         command(tool, "run", "mdm_full_finetune", "--config", "my.yaml", out, *overrides)
         weights = load_file(tmp_path / tool / "step_1/model.safetensors")
         assert weights["output.weight"].shape[1] == 32  # the copy's
+    out = f"output_dir={tmp_path / 'packaged'}"
     command("mdm", "run", "mdm_full_finetune", "--config", "quickstart", out, *overrides)
     command("mdm", "cp", "mdm_full_finetune", "mine.py")
     assert "MDMFinetune" in (tmp_path / "mine.py").read_text()
@@ -62,7 +63,7 @@ def test_a_component_of_the_user_s_own_file(tune, tmp_path):
     (tmp_path / "my_sampler.py").write_text(text)
     tune("timesteps=my_sampler.Late", "max_steps_per_epoch=1")
     (tmp_path / "my_sampler.py").write_text(text.replace("Late(TimestepSampler)", "Late"))
-    done = tune("timesteps=my_sampler.Late", check=False)
+    done = tune("timesteps=my_sampler.Late", out="refused", check=False)
     line = "timesteps: Late is no TimestepSampler: derive it from mdm_plugin.contract"
     assert done.returncode == 2 and line in done.stderr.strip().splitlines()[-1]
 

@@ -78,7 +78,7 @@ def test_one_command_line_through_preemptions_and_a_killed_rank(tune, data_dir, 
 
     # torchrun starts all ranks again, and they go on; then the time is up.
     events = [(after(4), kill_a_rank), (after(16), time_is_up)]
-    while queue.requeued < 3:  # gloo may fail to connect again: then the job is started by hand
+    while queue.requeued < 3:  # a job that fails is started again by hand, with the same line
         queue.submit(*events)
         last = max(steps(out))
         assert last < 100 and queue.launches < 8, queue.log[-3000:]

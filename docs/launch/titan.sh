@@ -7,6 +7,8 @@
 #
 # It goes on from the last checkpoint in dump_folder.
 set -euo pipefail
+# torchrun else lets ranks that are started again read the addresses of those that died (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "${NODES:?}" --nproc_per_node "${GPUS:-8}" --max_restarts "${RESTARTS:-3}" \
     --rdzv_backend c10d --rdzv_endpoint "${HEAD:?name a node and port}" --rdzv_id "${JOB:-mdm}" \
     --local-ranks-filter 0 --role rank --tee 3 -m torchtitan.train "$@"

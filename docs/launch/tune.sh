@@ -8,6 +8,8 @@
 # that dies is started again with all others, up to three times. SIGTERM has the run saved first: it
 # has nine minutes for that (SAVING, in seconds), where torchrun's own limit is 30 seconds.
 set -euo pipefail
+# torchrun else lets ranks that are started again read the addresses of those that died (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec tune run --nnodes "${NODES:?}" --nproc_per_node "${GPUS:-8}" --max_restarts "${RESTARTS:-3}" \
     --rdzv_backend c10d --rdzv_endpoint "${HEAD:?name a node and port}" --rdzv_id "${JOB:-mdm}" \
     --shutdown_timeout "${SAVING:-540}" "$@"
