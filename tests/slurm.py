@@ -1,4 +1,4 @@
-"""Jobs by the real docs/launch/mdm.sbatch, with stand-ins for srun and scontrol alone."""
+"""Jobs by the real docs/launch/mdm.sbatch, with stand-ins for SLURM's own commands alone."""
 
 import os
 import signal
@@ -12,9 +12,18 @@ import psutil
 from tests.conftest import BIN
 
 LAUNCH = Path(__file__).parents[1] / "docs" / "launch"
-# srun runs its command here; scontrol names this node, and writes down what is to be requeued.
+# srun runs its command here, and kills it when it gets SIGTERM itself, as SLURM's does; scancel
+# signals all processes of the step; scontrol names this node, and notes what is to be requeued.
 STAND_INS = {
-    "srun": 'shift; exec "$@"',
+    "srun": """
+shift
+"$@" &
+echo $! > step
+trap 'kill -KILL $(cat step)' TERM
+wait $!""",
+    "scancel": """
+[ "$1" = --signal=TERM ] || exit 1
+kill -TERM $(cat step) $(pgrep -P "$(cat step)")""",
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi',
 }
 

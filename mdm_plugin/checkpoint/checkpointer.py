@@ -188,7 +188,7 @@ class Checkpointer:
 
     def _finish(self, staging: Staging) -> None:
         staging.finish()
-        for old in self._superfluous():
+        for old in self._superfluous(staging.final):
             remove(old)
 
     def wait(self, world: World) -> None:
@@ -218,9 +218,11 @@ class Checkpointer:
             "before it are whole; make room, and go on from there: resume_from_checkpoint=auto"
         ) from own.error
 
-    def _superfluous(self) -> list[Path]:
-        """The checkpoints that neither ``keep_last_n`` nor ``keep_best_n`` keeps."""
+    def _superfluous(self, written: Path) -> list[Path]:
+        """Of the checkpoints up to ``written``, those that neither ``keep_last_n`` nor
+        ``keep_best_n`` keeps. Later ones are damaged: this run has gone back behind them."""
         steps = self.steps()
+        steps = steps[: steps.index(written) + 1]
         if self.keep_last_n is None and self.keep_best_n is None:
             return []
         kept = set(steps[-(self.keep_last_n or 1) :])

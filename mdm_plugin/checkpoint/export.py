@@ -73,13 +73,15 @@ def export(
     wanted = _DTYPES.get(dtype or run.get("dtype"))
     config = weights.config or _config(step, family)
     names = None if weights.naming else FAMILIES[family]
-    out.mkdir(parents=True)
+    partial = out.with_name(f".{out.name}_in_the_making")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     total, kept = 0, torch.float32
     for file in sorted(set(weights.where.values())):
         tensors = {}
         for name, tensor in _tensors(file, adapters):
             tensors[hf_name(names, name)] = tensor if wanted is None else tensor.to(wanted)
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        save_file(tensors, partial / file.name, metadata={"format": "pt"})
         total += sum(x.nbytes for x in tensors.values())
         kept = next(iter(tensors.values())).dtype
         del tensors
@@ -87,8 +89,9 @@ def export(
         adapters.check_all_used()
     stated = [x for x in ("torch_dtype", "dtype") if x in config] or ["torch_dtype"]
     config = {**config, **dict.fromkeys(stated, str(kept).removeprefix("torch."))}
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-    _write_beside([weights.directory, source], out, total)
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    _write_beside([weights.directory, source], partial, total)
+    partial.rename(out)
 
 
 def _write_beside(places: list[Path], out: Path, total: int) -> None:

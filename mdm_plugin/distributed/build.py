@@ -12,6 +12,7 @@ from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.config import Float8LinearRecipeName
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.peft import DoRALinear
 
 from mdm_plugin.distributed.parameters import adapter_names
 from mdm_plugin.distributed.world import World, mesh_of_one
@@ -82,6 +83,11 @@ def build_model(
         _shard(model, world, dtype, how)
     elif mixed:  # one process need not gather a base that is in `dtype` already
         model.forward = torch.autocast(world.device.type, dtype)(model.forward)  # type: ignore[method-assign]
+        for module in model.modules():
+            if isinstance(
+                module, DoRALinear
+            ):  # its magnitude is multiplied beyond autocast's reach
+                module.register_forward_hook(lambda _, given, out: out.to(given[0].dtype))
     model.to_empty(device="cpu" if how.cpu_offload else world.device)
     with training.set_default_dtype(dtype), world.device:
         for module in model.modules():

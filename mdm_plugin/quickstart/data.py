@@ -190,6 +190,7 @@ def _train(home: Path, config: str, name: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     command = [sys.executable, "-m", "mdm_full_finetune", "--config", config]
     work = home / f"{name}_run"
+    shutil.rmtree(work, ignore_errors=True)  # what an attempt that was cut short has left
     done = subprocess.run([*command, f"data_dir={home}", f"output_dir={work}"], env=environment)
     weights = [x / "model.safetensors" for x in Checkpointer(str(work)).steps()]
     if done.returncode or not weights:

@@ -34,9 +34,15 @@ def check_precision(cfg: DictConfig) -> None:
         raise UserError(f"master_dtype: {cfg.master_dtype}: use fp32 or bf16")
     if cfg.master_dtype == "bf16" and cfg.dtype == "fp32":
         raise UserError("master_dtype: bf16, and the model computes in fp32 (dtype): use fp32")
+    if cfg.master_dtype == "fp32" and not cfg.stochastic_rounding:
+        raise UserError("stochastic_rounding: False, and nothing is kept in bf16: leave it out")
     if _ROUNDING in cfg.optimizer:
         raise UserError(f"optimizer.{_ROUNDING}: set stochastic_rounding at the top level instead")
-    rounding(cfg)
+    if rounding(cfg) and cfg.data_parallel_replicate_dim > 1:
+        raise UserError(
+            "data_parallel_replicate_dim: copies of the model, rounded at random, drift apart: use "
+            "1, or master_dtype=fp32"
+        )
 
 
 def master_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:

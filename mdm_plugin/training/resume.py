@@ -25,7 +25,8 @@ _MAY_DIFFER = (
     "checkpointer.output_dir checkpointer.save_adapter_weights_only metric_logger profiler "
     "log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n keep_best_n "
     "enable_async_checkpointing max_skipped_steps loss_spike_z dataset_val run_val_every_n_steps "
-    "val_draws sample_rows sample_new_tokens sample_steps questions max_questions verifier"
+    "val_draws sample_rows sample_new_tokens sample_steps questions max_questions verifier "
+    "optimizer.fused optimizer.foreach"
 )
 
 
@@ -45,7 +46,7 @@ def find_checkpoint(cfg: DictConfig, checkpointer: Checkpointer, world: World) -
     if world.rank == 0:
         try:
             found[0] = _find(cfg, checkpointer)
-        except UserError as error:
+        except (UserError, OSError) as error:
             found[1] = str(error)
     if world.size > 1:
         dist.broadcast_object_list(found, 0)
@@ -63,7 +64,13 @@ def _find(cfg: DictConfig, checkpointer: Checkpointer) -> Path | None:
             "new run from its weights name another output_dir"
         )
     if asked not in (True, False, "auto"):
-        return _named(Path(str(asked)).expanduser())
+        named = _named(Path(str(asked)).expanduser())
+        if steps and named.resolve() not in [step.resolve() for step in steps]:
+            raise UserError(
+                f"output_dir: {place} holds checkpoints of its own, and {named} is none of them: "
+                "name another output_dir"
+            )
+        return named
     if asked is False and steps:
         raise UserError(
             f"output_dir: {place} holds checkpoints of an earlier run: name another, or go on "
@@ -118,7 +125,10 @@ def _check_config(cfg: DictConfig, checkpoint: Path) -> None:
     """
     file = checkpoint / "config.yaml"
     try:
-        stored = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.load(file))
+        loaded: Any = OmegaConf.load(file)
+        if "master_dtype" not in loaded:  # of a release that trained in ``dtype`` itself
+            loaded["master_dtype"] = loaded["dtype"]
+        stored = OmegaConf.merge(OmegaConf.structured(Options), loaded)
     except Exception as error:  # damaged, or of another version: of many kinds
         raise UserError(
             f"resume_from_checkpoint: {file} cannot be read as a run's config: name another "

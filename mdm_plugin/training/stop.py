@@ -17,8 +17,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stop:
     """SIGTERM (preemption) or SIGINT (Ctrl-C): finish the step, save, and exit with 128 + signal.
 
-    A second signal ends the process at once. What comes within a second of the first is no second
-    one: torchrun passes on a Ctrl-C that its processes have already had from the terminal.
+    A second signal ends the process at once. What comes soon after the first is no second one:
+    torchrun passes on a Ctrl-C that its processes have already had from the terminal, and a SIGTERM
+    that SLURM has sent to all of them.
     """
 
     def __init__(self, world: World) -> None:
@@ -45,7 +46,7 @@ class Stop:
             if self.world.rank == 0:
                 name = signal.Signals(number).name
                 print(f"\n{name}: finishing the step and saving; again to exit at once", flush=True)
-        elif now - self._since > 1:
+        elif now - self._since > (1 if number == signal.SIGINT else 10):
             os._exit(128 + number)
 
     def agreed(self) -> int:

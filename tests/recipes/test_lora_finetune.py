@@ -113,6 +113,13 @@ def test_adapters_are_fp32_on_a_bf16_base_and_two_ranks_follow_one(lora, tmp_pat
             assert {x.dtype for x in whole.values()} == {torch.float32}
 
 
+def test_dora_in_bf16_on_one_process_and_on_two(lora, tmp_path):
+    common = ("dtype=bf16", "model.use_dora=True", "model.apply_lora_to_output=False")
+    lora(*common, out="one")
+    lora(*common, "batch_size=4", launch=TWO_RANKS, out="two")
+    assert_same(curves(tmp_path, "two"), curves(tmp_path, "one"), 1e-2)
+
+
 WIDE = ("model.embed_dim=128", "model.intermediate_dim=256", "model.quantize_base=True")
 
 

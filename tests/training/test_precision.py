@@ -87,6 +87,7 @@ def test_the_average_is_fp32_and_follows_a_drift_whatever_the_weights_are(dtype)
 def config(**changes):
     """The options of precision."""
     given = {"dtype": "bf16", "master_dtype": "fp32", "stochastic_rounding": True}
+    given |= {"data_parallel_replicate_dim": 1}
     given |= {"optimizer": {"_component_": "torch.optim.AdamW"}, **changes}
     return OmegaConf.create(given)
 
@@ -106,6 +107,11 @@ def test_the_optimizer_rounds_at_random_where_parameters_are_bf16():
         ({"dtype": "fp16"}, "dtype: fp16: use bf16 or fp32"),
         ({"master_dtype": "fp16"}, "master_dtype: fp16: use fp32 or bf16"),
         ({"dtype": "fp32", "master_dtype": "bf16"}, "master_dtype: bf16, .* in fp32 .*: use fp32"),
+        ({"stochastic_rounding": False}, "stochastic_rounding: False, and nothing is kept in bf16"),
+        (
+            {"master_dtype": "bf16", "optimizer": EIGHT, "data_parallel_replicate_dim": 2},
+            "data_parallel_replicate_dim: copies .* drift apart",
+        ),
         ({"master_dtype": "bf16"}, "optimizer: torch.optim.AdamW rounds .*AdamW8bit"),
         ({"optimizer": {**EIGHT, "bf16_stochastic_round": True}}, "set stochastic_rounding at"),
     ],

@@ -1,5 +1,7 @@
 """Which checkpoint a run goes on from."""
 
+import shutil
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -89,6 +91,17 @@ def test_another_run_s_checkpoints_are_refused_with_the_key(config, saved, overr
     assert len(saved.steps()) == 3
 
 
+def test_a_run_that_goes_back_behind_damaged_steps_keeps_what_it_writes(
+    config, saved, tiny_model, tokenizer, tmp_path
+):
+    (tmp_path / "run/step_100/model.safetensors").write_bytes(b"")
+    checkpointer = Checkpointer(str(tmp_path / "run"), keep_last_n=1)
+    parts = {"optimizer": OptimizerState(tiny_model, torch.optim.AdamW(tiny_model.parameters()))}
+    checkpointer.save(Run(ALONE, tiny_model, tokenizer, config(), parts), 20, {})
+    assert [x.name for x in saved.steps()] == ["step_20", "step_100"]
+    assert find(config(), saved) == "step_20"
+
+
 def test_where_and_how_it_runs_and_what_it_shows_may_change(config, saved):
     cfg = config(
         *("batch_size=2", "gradient_accumulation_steps=4", "compile=True", "log_every_n_steps=3"),
@@ -101,6 +114,10 @@ def test_where_and_how_it_runs_and_what_it_shows_may_change(config, saved):
 def test_a_start_never_touches_an_earlier_run(config, saved, tmp_path):
     with pytest.raises(UserError, match=r"output_dir: .* holds checkpoints of an earlier run"):
         find(config(), saved, False)
+    elsewhere = Checkpointer(str(tmp_path / "elsewhere"))
+    shutil.copytree(tmp_path / "run/step_9", tmp_path / "elsewhere/step_3")
+    with pytest.raises(UserError, match="holds checkpoints of its own"):
+        find(config(), elsewhere, str(tmp_path / "run/step_9"))
     source = Checkpointer(str(tmp_path / "run"), checkpoint_dir=str(tmp_path / "run/step_9"))
     for asked in ("auto", True, False):
         with pytest.raises(UserError, match=r"is a checkpoint of output_dir itself: .* another"):
