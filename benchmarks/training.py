@@ -66,18 +66,23 @@ class Size(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-def in_turn(ways: dict[str, Step], pairs: int, repeats: int = 1) -> dict[str, list[float]]:
+def in_turn(
+    ways: dict[str, Step],
+    pairs: int,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each way, once per round, after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(pairs + 1):
         for name, step in ways.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats):
                 step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append((time.perf_counter() - start) / repeats)
+                seconds[name].append((clock() - start) / repeats)
     return seconds
 
 
