@@ -1,9 +1,9 @@
 """The second moment of P-POTS's density, fitted to noisy probes: `python benchmarks/fit.py`.
 
-A probe i is one of six true shapes w(t) at the grid of its family, each value times 1 + σ·z with
-z ~ N(0, 1), and σ from 0 for the first probes to 0.3 for the last. Shown is ∫ w²/q dt over (0, 1)
-of the true w for the fitted q, over the uniform density's ∫ w² dt: 1 is a density that gains
-nothing. Beside it is the least possible, (∫ w dt)²/∫ w² dt.
+A probe i is one of six true shapes of the root at the grid of its family, each value times 1 + σ·z
+with z ~ N(0, 1), and σ from 0 for the first probes to 0.3 for the last. Shown is ∫ root²/q dt over
+(0, 1) of the true root for the fitted q, over the uniform density's ∫ root² dt: 1 is a density that
+gains nothing. Beside it is the least possible, (∫ root dt)²/∫ root² dt.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--mix", type=float, default=0.2)
     given = parser.parse_args()
     heads = (f"{family + ': median':>20} {'largest':>8}" for family in FAMILIES)
-    print(f"{'w':30} {'least':>6}", *heads, flush=True)
+    print(f"{'root':30} {'least':>6}", *heads, flush=True)
     found: dict[str, dict[str, list[float]]] = {}
     rounds = -(-given.probes // len(SHAPES))
     for family in FAMILIES:
@@ -56,8 +56,8 @@ def main() -> None:
             truth, noise = SHAPES[name], MOST * (i // len(SHAPES)) / max(1, rounds - 1)
             generator = torch.Generator().manual_seed(i)
             z = torch.randn(POINTS, generator=generator, dtype=torch.float64)
-            w = truth(t) * (1 + noise * z).clamp(min=0)
-            q = fit(t, w, family=family, mix=given.mix).density(FINE)
+            root = truth(t) * (1 + noise * z).clamp(min=0)
+            q = fit(t, root, family=family, mix=given.mix).density(FINE)
             square = truth(FINE).square()
             moments[name].append(integral(square / q) / integral(square))
             moments["all"].append(moments[name][-1])
@@ -65,8 +65,8 @@ def main() -> None:
         if name == "all":
             least = ""
         else:
-            w = SHAPES[name](FINE)
-            least = f"{integral(w) ** 2 / integral(w.square()):.3f}"
+            root = SHAPES[name](FINE)
+            least = f"{integral(root) ** 2 / integral(root.square()):.3f}"
         columns = (f"{median(x[name]):20.3f} {max(x[name]):8.3f}" for x in found.values())
         print(f"{name:30} {least:>6}", *columns)
     above = {family: sum(x > 1.05 for x in moments["all"]) for family, moments in found.items()}

@@ -23,6 +23,7 @@ from quickstart_model import WORLD, Quickstart, last_checkpoint
 from training import Size, plain_loss, plain_model
 
 from mdm_plugin.data import GlobalBatches, Padding, Split
+from mdm_plugin.density import uniform_density
 from mdm_plugin.evaluation import BoundEstimator
 from mdm_plugin.masking import Bernoulli
 from mdm_plugin.models import MDMTransformer
@@ -57,11 +58,12 @@ def plain(quickstart: Quickstart, lr: float, epochs: int) -> tuple[MDMTransforme
     schedule = get_linear_schedule_with_warmup(
         optimizer, num_warmup_steps=50, num_training_steps=steps
     )
+    w = uniform_density()
     start = time.perf_counter()
     for step in range(steps):
         batch = batches.micro_batches(step)[0]
-        t = Uniform()(64, keyed_generator(0, "t", step)).t
-        views = Bernoulli()(t, batch.u, batch.eligible)
+        t = Uniform()(64, keyed_generator(0, "t", step), w).t
+        views = Bernoulli()(t, batch.u, batch.eligible, w)
         mask = views.mask[0]
         weight = mask * (views.inverse_p[0] / batch.eligible.sum(1) / 64)[:, None]
         real = torch.ones_like(batch.tokens, dtype=torch.bool)[:, None]

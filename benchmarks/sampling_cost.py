@@ -54,8 +54,8 @@ def main() -> None:
             batch = batches.micro_batches(step)[0]
             clock = [time.perf_counter()]
             u = keyed_uniform(0, "mask", step, places=batch.places, length=batch.u.shape[1])
-            times = sampler(batches.size, keyed_generator(0, "t", step))
-            masking(times.t, u, batch.eligible)
+            times = sampler(batches.size, keyed_generator(0, "t", step), estimator.w)
+            masking(times.t, u, batch.eligible, estimator.w)
             clock.append(time.perf_counter())
             noisy = corrupt(batches.micro_batches(step)[0], times, estimator)
             clock.append(time.perf_counter())

@@ -111,7 +111,7 @@ def a_batch(
     (batch,) = GlobalBatches(rows, Split(len(sizes)), Padding(PAD), seed=0).micro_batches(0)
     mask_id = min(MASK, vocabulary - 1)
     estimator = Estimator(Stratified(), Bernoulli(), MDMLoss(chunk_size=chunk_size), mask_id)
-    times = estimator.timesteps(len(sizes), generator)
+    times = estimator.timesteps(len(sizes), generator, estimator.w)
     return batch, corrupt(batch, times, estimator), estimator.loss
 
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mdm_plugin"
-MATHS = ("noise", "density", "loss", "contract", "pareto", "timesteps", "masking", "variance")
+MATHS = ("noise", "density", "loss", "contract", "pareto")
+MATHS += ("objectives", "timesteps", "masking", "variance")
 # Where each room is drawn: (across, up), and what it holds.
 ROOMS = {
     "recipes": (0.2, 6, "one file per command"),
@@ -25,7 +26,11 @@ ROOMS = {
     "distributed": (0.7, 2, "ranks, sharded models,\nparameters, gradients"),
     "config": (-1.1, 2, "options, components,\nsecrets"),
     "models": (1.4, 1, "LLaDA, Dream, tokenizer,\nnames"),
-    "the maths": (1.0, 0, "contract, timesteps, masking, pareto, density,\nloss, variance, noise"),
+    "the maths": (
+        1.0,
+        0,
+        "contract, objectives, timesteps, masking,\npareto, density, loss, variance, noise",
+    ),
 }
 
 

@@ -1,6 +1,8 @@
 """What the parts of an estimator offer: the one contract, for ours and for a user's own.
 
-An estimator of the training objective J is three parts, each named in a config by dotted path:
+What is minimised is J_w = ∫₀¹ w(t)·L(t) dt, with L(t) the mean row loss at t and w a density that
+an **objective** declares: an ``Objective``. With w = 1 it is the bound on the negative
+log-likelihood. An estimator of J_w is three parts more, each named in a config by dotted path:
 
 - a **sampler of t** says at which masking rates the rows of a step are trained, and with which
   importance weights: a ``TimestepSampler``;
@@ -17,29 +19,41 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Generator, Tensor
 
-from mdm_plugin.density import Density, count_weight
+from mdm_plugin.density import Density, count_weight, uniform_density
 from mdm_plugin.loss import MDMLoss
 
 
-class Times(NamedTuple):
-    """The t of the n rows of a global batch.
+class Objective:
+    """What is minimised: w, and how it moves during training (``mdm_plugin.objectives``)."""
 
-    t: [n], fp64, in [0, 1).
+    def __call__(self, progress: float) -> Density:
+        """w at a moment of training: 0 at the first step, 1 at the last.
+
+        Where w does not move, the same ``Density`` each time: it keeps what it has computed.
+        """
+        raise NotImplementedError
+
+
+class Times(NamedTuple):
+    """The t of the n rows of a global batch, drawn for an objective's w.
+
+    t: [n], fp64, in [0, 1].
     weight: [n], fp64, the importance weight of each row's t.
-    density: the density on [0, 1] that t and weight come from; None for the uniform one.
+    density: the density h on [0, 1] of s = W(t) = ∫₀ᵗ w, that t and weight come from (weight is
+        1 / h(s)); None for the uniform one, which is t ~ w.
     """
 
     t: Tensor
     weight: Tensor
     density: Density | None = None
 
-    def row_weights(self, places: Tensor, n: Tensor, by_count: bool) -> Tensor:
+    def row_weights(self, places: Tensor, n: Tensor, masking: "Masking", w: Density) -> Tensor:
         """The weight that the rows at some places of the global batch are given. [R], fp64.
 
-        places [R]; n [R], eligible positions of each; by_count: ``Masking.by_count``.
+        places [R]; n [R], eligible positions of each; w: the objective's.
         """
-        if by_count and self.density is not None:
-            return count_weight(self.density, self.t[places], n)
+        if masking.by_count and self.density is not None:
+            return count_weight(self.density, self.t[places], n, w, masking.antithetic)
         return self.weight[places]
 
 
@@ -48,7 +62,7 @@ class ProbePlan(NamedTuple):
 
     t: [T], fp64, increasing, in (0, 1).
     rows, masks: so many rows, and masks of each, at every t.
-    target: whose second moment ``Probe.w`` is the root of: the row loss's, or its gradient's.
+    target: whose second moment ``Probe.root`` is the root of: the row loss's, or its gradient's.
     every_n_steps: again after so many steps; None for once, before the first.
     """
 
@@ -63,21 +77,24 @@ class Probe(NamedTuple):
     """What the model showed at T values of t, the same on every rank.
 
     t, g, v: [T], the plan's t, E[l | t] and E_{x0} Var_m(l | x0, t).
-    w: [T], the root of the second moment of the target.
+    root: [T], the root of the second moment of the target.
     forwards: rows that went through the model, each of a row's views counted.
+    shown: [T], the root of the second moment of what ``tally`` gets, of the same draws; None where
+        the sampler does not learn from gradients.
     """
 
     t: Tensor
     g: Tensor
     v: Tensor
-    w: Tensor
+    root: Tensor
     forwards: int
+    shown: Tensor | None = None
 
 
 class Fitted(NamedTuple):
     """What a sampler has made of a probe.
 
-    density: that it draws t from now.
+    density: the h of s = W(t) that it draws from now.
     figures: what else is to be kept of the fit, as plain numbers and texts.
     """
 
@@ -88,29 +105,32 @@ class Fitted(NamedTuple):
 class TimestepSampler:
     """A sampler of t, called once per optimizer step for the whole global batch.
 
-    E over the sampler of ``weight · f(t)`` equals ∫₀¹ f(t) dt for every f: that makes it an
-    estimator of J. n = rows × ranks × accumulation steps, and every rank keeps its own rows' part.
+    E over the sampler of ``weight · f(t)`` equals ∫₀¹ w(t)·f(t) dt for every f: that makes it an
+    estimator of J_w. n = rows × ranks × accumulation steps, and every rank keeps its own rows'
+    part.
 
     Attributes, to be declared by a class or an instance that differs:
-        unbiased: False where some t never come, on purpose: its mean is not J, and its docstring
-            says what it is. Masks by count need all t.
         weighted: False where all weights are 1. Losses that would undo weights are refused.
         learns: True where ``tally`` and ``update`` are to be called.
+        learns_from: what ``tally`` gets of each row: its loss, or the norm of its gradient.
     """
 
-    unbiased: bool = True
     weighted: bool = True
     learns: bool = False
+    learns_from: Literal["loss", "gradient"] = "loss"
 
-    def __call__(self, n: int, generator: Generator) -> Times:
-        """t, weights and density of n rows; random numbers come from ``generator`` alone."""
+    def __call__(self, n: int, generator: Generator, w: Density) -> Times:
+        """t, weights and density of n rows; random numbers come from ``generator`` alone.
+
+        w: the objective's density of t. ``w.quantile`` maps a uniform number to t ~ w.
+        """
         raise NotImplementedError
 
-    def probe_plan(self) -> ProbePlan | None:
+    def probe_plan(self, w: Density) -> ProbePlan | None:
         """Where the model is to be probed before ``fit``; None for not at all."""
         return None
 
-    def fit(self, measured: Probe) -> Fitted:
+    def fit(self, measured: Probe, w: Density) -> Fitted:
         """Take in a probe at ``probe_plan``'s t; the same call on every rank.
 
         Raises:
@@ -121,7 +141,9 @@ class TimestepSampler:
     def tally(self, t: Tensor, losses: Tensor) -> Tensor:
         """What some rows add to what is learnt: a tensor to be summed over micro-batches and ranks.
 
-        t [R] and losses [R]: row losses l in nats, without importance weights, on the CPU.
+        t [R] and losses [R]: row losses l in nats, without importance weights, on the CPU; with
+        ``learns_from`` ``"gradient"`` the norms G of the rows' gradients at the hidden states that
+        enter the first layer, likewise (``mdm_plugin.training.hidden``).
         """
         raise NotImplementedError
 
@@ -158,29 +180,38 @@ class Masking:
 
     Attributes, to be declared by a class or an instance that differs:
         views: V, forwards per row.
-        by_count: True where the views depend on t through the count ⌊t·N⌋ + 1 alone: then rows get
-            the weight of their count in place of that of their t (``density.count_weight``).
+        by_count: True where the views depend on t through the count that it gives alone
+            (``density.masked_count``): then rows get the weight of their count in place of that of
+            their t (``density.count_weight``).
+        antithetic: True where they depend on the count at the objective's other end too
+            (``density.opposite_count``).
         causal: True where every token is predicted from those before it: for a causal model.
         uses_t: False where t changes nothing; then no sampler may weigh it.
     """
 
     views: int = 1
     by_count: bool = False
+    antithetic: bool = False
     causal: bool = False
     uses_t: bool = True
 
-    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor) -> Views:
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor, w: Density) -> Views:
         """The views of R rows of L positions.
 
-        t: [R], fp64. u: [R, L], fp64, U(0, 1). eligible: [R, L], bool, what may be masked.
+        t: [R], fp64. u: [R, L], fp64, U(0, 1). eligible: [R, L], bool, what may be masked. w: the
+        objective's density of t, which masks by count draw their counts by.
         """
         raise NotImplementedError
 
 
+_ELBO = uniform_density()
+
+
 class Estimator(NamedTuple):
-    """The three parts, and the id of the token that hides a position."""
+    """The three parts, the id of the token that hides a position, and the objective's w now."""
 
     timesteps: TimestepSampler
     masking: Masking
     loss: MDMLoss
     mask_id: int
+    w: Density = _ELBO

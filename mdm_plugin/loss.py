@@ -2,7 +2,7 @@
 
 With rows x0 of N eligible positions, masking rate p and importance weight w of the row's t,
 
-    row loss   l = (1/N) · Σ_{i masked} CE_i / p        objective   J = E_{x0} E_t E_m [l]
+    row loss   l = (1/N) · Σ_{i masked} CE_i / p        objective   J_w = E_{x0} E_{t~w} E_m [l]
 
 (LLaDA, arXiv 2502.09992, Algorithm 2). Only the masked positions' hidden states go through
 the LM head, in chunks: the logits of a whole batch never exist. A chunk's part of the gradient is
@@ -60,35 +60,29 @@ class MDMLoss(nn.Module):
     Args:
         normalize: what the sum over the global batch is divided by.
             ``"response"``: each row by its own N, then by the number of rows (LLaDA SFT). The
-            objective J itself.
-            ``"tokens"``: the number of eligible tokens (MDLM, dLLM): J with rows weighted by
+            objective J_w itself.
+            ``"tokens"``: the number of eligible tokens (MDLM, dLLM): J_w with rows weighted by
             their length. Unbiased for that objective given the batch.
             ``"masked"``: the number of masked tokens (Dream-like mean). A ratio of two random
-            sums: biased by O(1 / global batch), and with ``weight="ones"`` a different
-            objective, one that weights a mask by how many positions it covers.
-        weight: ``"inverse_p"`` for 1/p, ``"ones"`` for none (not an estimator of J).
+            sums: biased by O(1 / global batch).
         chunk_size: masked positions per pass of the LM head; ``chunk_size`` × vocabulary
             logits exist at a time.
 
     Raises:
-        ValueError: on an unknown ``normalize`` or ``weight``, or a ``chunk_size`` below 1.
+        ValueError: on an unknown ``normalize``, or a ``chunk_size`` below 1.
     """
 
     def __init__(
         self,
         normalize: Literal["response", "tokens", "masked"] = "response",
-        weight: Literal["inverse_p", "ones"] = "inverse_p",
         chunk_size: int = 1024,
     ) -> None:
         super().__init__()
         if normalize not in ("response", "tokens", "masked"):
             raise ValueError(f"normalize is {normalize!r}: use response, tokens or masked")
-        if weight not in ("inverse_p", "ones"):
-            raise ValueError(f"weight is {weight!r}: use inverse_p or ones")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}: use 1 or more")
         self.normalize = normalize
-        self.weight = weight
         self.chunk_size = chunk_size
         self._chunk: Callable[..., tuple[Tensor, Tensor]] = _chunk
 
@@ -105,9 +99,7 @@ class MDMLoss(nn.Module):
             n: [R], number of eligible positions.
         """
         views, rows, length = mask.shape
-        row_weight = importance.expand(views, rows)
-        if self.weight == "inverse_p":
-            row_weight = row_weight * inverse_p
+        row_weight = importance.expand(views, rows) * inverse_p
         if self.normalize == "response":
             row_weight = row_weight / n
         if self.normalize != "masked":  # that normaliser counts every view's tokens itself

@@ -9,8 +9,8 @@ variances are traces of covariances) has
     C, data:             Var_{x0}(E_{t,m}[f | x0])
 
 (arXiv 2511.18159). f here is the mean over a whole batch of n rows, and each part is given
-times n: for rows that draw t independently that is the variance of a single row, and for
-samplers that draw a batch's t together (stratified) it holds what that leaves of B.
+times n. For rows that draw t independently that is the variance of a single row. A stratified
+sampler draws a batch's t together, which removes a part of B: the B here is the part that remains.
 
 Four draws of each batch estimate all of it without bias, and without a variance of group means
 to correct: f(x0, t, m); f(x0, t, m') with new masks; f(x0, t', m'') with new t and masks; and
@@ -50,6 +50,15 @@ def contributions(draws: Draws, rows: int) -> Tensor:
     data = ((first - first.mean(0)) * (redrawn - redrawn.mean(0))).sum(1) * correction
     total = (apart - apart.mean(0)).square().sum(1) * correction
     return rows * torch.stack((masks, both - masks, data, total), 1)
+
+
+def signal(draws: Draws) -> Tensor:
+    """What each batch contributes to |E f|²: products of estimates that have nothing in common.
+
+    [G], fp64; the estimate is the mean. Sums over coordinates, as ``contributions``.
+    """
+    first, remasked, redrawn, apart = (x.double() for x in draws)
+    return ((first + remasked + redrawn) / 3 * apart).sum(1)
 
 
 class Estimate(NamedTuple):
@@ -101,6 +110,21 @@ def decompose(contributed: Tensor) -> Decomposition:
     values, resampled = contributed.mean(0), _resamples(len(contributed)) @ contributed
     pairs = zip(_parts(values), _parts(resampled).unbind(-1), strict=True)
     return Decomposition(*(_estimate(v, r) for v, r in pairs))
+
+
+def noise_scale(contributed: Tensor, products: Tensor) -> Estimate | None:
+    """Rows in a batch whose noise is as large as its signal: tr Cov of a row / |E f|².
+
+    The *simple noise scale* of McCandlish et al. 2018: with far fewer rows a step is mostly noise,
+    with far more the rows are mostly wasted. contributed [G, 4]; products [G], of ``signal``. None
+    where the signal is not seen above its own noise.
+    """
+    resampled = _resamples(len(contributed))
+    found = resampled @ products
+    if not float(found.quantile(0.025)) > 0:
+        return None
+    value = _parts(contributed.mean(0))[-1] / products.mean()
+    return _estimate(value, _parts(resampled @ contributed)[:, -1] / found)
 
 
 def ratio(contributed: Tensor, standard: Tensor, factor: float = 1.0) -> Estimate:

@@ -27,6 +27,7 @@ from mdm_plugin.config.options import Options
 from mdm_plugin.contract import ProbePlan
 from mdm_plugin.distributed.build import Build, build_model, compile_backend
 from mdm_plugin.distributed.gradients import clip_gradient
+from mdm_plugin.distributed.parameters import named_parameters
 from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.evaluation.validation import read_questions, validate
 from mdm_plugin.noise import seed_torch
@@ -34,12 +35,19 @@ from mdm_plugin.training import EMA, checks
 from mdm_plugin.training.batches import global_batches, read_datasets
 from mdm_plugin.training.guard import Guard
 from mdm_plugin.training.in_backward import StepInBackward
-from mdm_plugin.training.metrics import StepMetrics, TensorBoardLogger, progress_bar
+from mdm_plugin.training.metrics import StepMetrics, TensorBoardLogger, first_line, progress_bar
 from mdm_plugin.training.plan import dry_run
 from mdm_plugin.training.precision import master_dtype, rounding
 from mdm_plugin.training.probe import fit, fit_line, plot_fit, probe, probe_due, write_fit
 from mdm_plugin.training.resume import check_identity, find_checkpoint
-from mdm_plugin.training.step import backward, corrupted_step, global_normalizer, learn, pack
+from mdm_plugin.training.step import (
+    backward,
+    corrupted_step,
+    global_normalizer,
+    learn,
+    pack,
+    wants_norms,
+)
 from mdm_plugin.training.stop import Stop
 
 
@@ -56,6 +64,7 @@ class MDMFinetune:
         accumulation = checks.check_sizes(self.cfg, self.world)
         checkpoint = self._setup_checkpointer()
         self._setup_estimator()
+        self.say(first_line(self.cfg, self.world, self.estimator, self.objective))
         self._setup_data(accumulation)
         self._setup_model(checkpoint)
         self._setup_optimizer()
@@ -75,9 +84,11 @@ class MDMFinetune:
         return find_checkpoint(cfg, self.checkpointer, world)
 
     def _setup_estimator(self) -> None:
-        """The sampler of t, the masks and the loss."""
+        """What is minimised; and the sampler of t, the masks and the loss that estimate it."""
         self.tokenizer = instantiate(self.cfg, "tokenizer")
-        self.estimator = checks.read_estimator(self.cfg, self.tokenizer.mask_id)
+        self.objective = checks.read_objective(self.cfg)
+        estimator = checks.read_estimator(self.cfg, self.tokenizer.mask_id)
+        self.estimator = estimator._replace(w=self.objective(0.0))
         if self.cfg.compile:
             self.estimator.loss.compile_chunks(compile_backend())
 
@@ -114,7 +125,9 @@ class MDMFinetune:
         checks.check_adapters(self.model, self.adapters)
         checks.check_checkpoint(self.checkpointer.weights, self.model, self.tokenizer)
         checks.check_data(self.model, self.tokenizer, self.rows, self.rows_val)
-        checks.check_estimator(self.estimator, checks.is_causal(self.model))
+        for progress in (0.0, 0.5, 1.0):
+            estimator = self.estimator._replace(w=self.objective(progress))
+            checks.check_estimator(estimator, checks.is_causal(self.model))
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
@@ -126,7 +139,7 @@ class MDMFinetune:
         """The optimizer of what is trained, its schedule, and the average of the weights."""
         cfg = self.cfg
         self.ema: EMA | None = instantiate(cfg, "ema", self.model)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [(n, p) for n, p in named_parameters(self.model).items() if p.requires_grad]
         self.optimizer = instantiate(cfg, "optimizer", trained, **rounding(cfg))
         self.in_backward = StepInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
         self.lr_scheduler = None
@@ -180,8 +193,8 @@ class MDMFinetune:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         of = f"{trained:,} of " if self.adapters else ""
         self.say(
-            f"{of}{size:,} parameters on {world.size} x {world.device.type}; {self.total_steps} "
-            f"steps of {self.batches.size} rows, {self.steps_per_epoch} per epoch"
+            f"{of}{size:,} parameters; {self.total_steps} steps of {self.batches.size} rows, "
+            f"{self.steps_per_epoch} per epoch"
         )
 
     def train(self) -> None:
@@ -192,7 +205,9 @@ class MDMFinetune:
         bar = progress_bar(world, total=self.total_steps, initial=self.first_step)
         with self.profiler, bar, Stop(world) as stop:
             for step in range(self.first_step, self.total_steps):
-                if plan := probe_due(self.estimator.timesteps, step):
+                w = self.objective(step / max(1, self.total_steps - 1))
+                self.estimator = self.estimator._replace(w=w)
+                if plan := probe_due(self.estimator, step):
                     self.fit_timesteps(plan, step)
                 self.train_step(step)
                 done = step + 1
@@ -241,17 +256,17 @@ class MDMFinetune:
             )
             micro_batches = [packed(batch) for batch in micro_batches]
         normalizer, loss = global_normalizer(micro_batches, world), self.estimator.loss
-        results, grad_norm = [], None
+        sampler, results, grad_norm = self.estimator.timesteps, [], None
+        norms = wants_norms(sampler)
         for batch in micro_batches:
             with self.in_backward.active() if self.in_backward else nullcontext():
                 results.append(
-                    backward(self.model, loss, batch, normalizer, world, self.offloading)
+                    backward(self.model, loss, batch, normalizer, world, self.offloading, norms)
                 )
         if not self.in_backward:
             grad_norm = clip_gradient(self.model, cfg.clip_grad_norm).to(world.device)
         if self.guard.passes(step, results, grad_norm, self.batches.row_indices(place)):
-            losses = [(x.batch.t, x.row_losses) for x in results]
-            learn(self.estimator.timesteps, losses, world)
+            learn(sampler, [x.shown(sampler) for x in results], world)
             if not self.in_backward:
                 self.optimizer.step()
             if self.ema:
@@ -261,11 +276,11 @@ class MDMFinetune:
 
     def fit_timesteps(self, plan: ProbePlan, step: int) -> None:
         """Probe the model, and have the sampler of t take that in."""
-        start, sampler = time.perf_counter(), self.estimator.timesteps
+        start = time.perf_counter()
         measured = probe(
             self.model, self.estimator, plan, self.batches, self.world, step, self.offloading
         )
-        report = fit(sampler, plan, measured, self.world)
+        report = fit(self.estimator, plan, measured, self.world)
         if self.world.rank == 0:
             write_fit(report, Path(self.cfg.output_dir) / f"timesteps_step_{step}.json")
             if isinstance(self.metric_logger, TensorBoardLogger):

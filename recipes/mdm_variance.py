@@ -38,11 +38,24 @@ from mdm_plugin.masking import NextToken
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.checks import as_estimator, check_data, check_estimator, is_causal
+from mdm_plugin.training.checks import (
+    as_estimator,
+    check_data,
+    check_estimator,
+    is_causal,
+    read_objective,
+)
 from mdm_plugin.training.metrics import TensorBoardLogger
 from mdm_plugin.training.probe import fit, fit_line, plot_fit, probe, probe_due, write_fit
-from mdm_plugin.training.step import Result, backward, corrupt, global_normalizer, learn
-from mdm_plugin.variance import Draws, contributions
+from mdm_plugin.training.step import (
+    Result,
+    backward,
+    corrupt,
+    global_normalizer,
+    learn,
+    wants_norms,
+)
+from mdm_plugin.variance import Draws, contributions, signal
 
 # Of each batch b: (rows, t, masks) of the four draws that mdm_plugin.variance explains.
 DRAWS = {"first": (0, 0, 0), "remasked": (0, 0, 1), "redrawn": (0, 1, 2), "apart": (1, 2, 3)}
@@ -55,7 +68,9 @@ class Candidate:
     name: str
     estimator: Estimator
     model: MDMTransformer
-    parts: dict[str, list[Tensor]] = field(default_factory=lambda: {"loss": [], "gradient": []})
+    parts: dict[str, list[Tensor]] = field(
+        default_factory=lambda: {"loss": [], "gradient": [], "signal": []}
+    )
     seconds: list[float] = field(default_factory=list)
 
 
@@ -91,6 +106,8 @@ class MDMVariance:
 
     def _check_sizes(self) -> None:
         cfg = self.cfg
+        if not 0 <= cfg.progress <= 1:
+            raise UserError(f"progress: {cfg.progress}: use 0, the start of training, up to 1")
         for key in ("batch_size", "batches", "projection"):
             if cfg[key] is not None and cfg[key] < 1:
                 raise UserError(f"{key}: {cfg[key]}: use 1 or more")
@@ -117,6 +134,7 @@ class MDMVariance:
         cfg, mask_id = self.cfg, self.tokenizer.mask_id
         loss, model = instantiate(cfg, "loss"), self.load_model(cfg, "")
         check_data(model, self.tokenizer, self.batches.rows)
+        w = read_objective(cfg)(cfg.progress)
         self.candidates = []
         for name, parts in cfg.estimators.items():
             where = f"estimators.{name}."
@@ -125,7 +143,7 @@ class MDMVariance:
                 raise UserError(f"{where[:-1]}: give it timesteps and masking, both, and no more")
             timesteps = instantiate(parts, "timesteps", where=where)
             masking = instantiate(parts, "masking", where=where)
-            estimator = as_estimator(timesteps, masking, loss, mask_id, where)
+            estimator = as_estimator(timesteps, masking, loss, mask_id, where)._replace(w=w)
             check_estimator(estimator, is_causal(model), where)
             self.candidates.append(Candidate(name, estimator, model))
         if not self.candidates:
@@ -166,11 +184,11 @@ class MDMVariance:
         """Teach the samplers that learn from the model: by a probe, and by some losses."""
         for candidate in self.candidates:
             sampler = candidate.estimator.timesteps
-            if plan := probe_due(sampler, 0):
+            if plan := probe_due(candidate.estimator, 0):
                 measured = probe(
                     candidate.model, candidate.estimator, plan, self.batches, self.world, step=0
                 )
-                report = fit(sampler, plan, measured, self.world)
+                report = fit(candidate.estimator, plan, measured, self.world)
                 self.say(f"{candidate.name}: {fit_line(report)}")
                 if self.world.rank == 0:
                     stem = re.sub(r"\W+", "_", candidate.name).strip("_")
@@ -181,7 +199,7 @@ class MDMVariance:
                     key = ("warm-up", batch)
                     found = self.estimate(candidate, key, key, key)
                     result = found.result
-                    learn(sampler, [(result.batch.t, result.row_losses)], self.world)
+                    learn(sampler, [result.shown(sampler)], self.world)
 
     def estimate(
         self,
@@ -199,10 +217,11 @@ class MDMVariance:
         longest = int(self.batches.rows.lengths_of(indices).max())
         batch = self.batches.collate(indices[places], places, ("variance", *masks), longest)
         estimator, model = candidate.estimator, candidate.model
-        times = estimator.timesteps(size, keyed_generator(seed, "t", *t))
+        times = estimator.timesteps(size, keyed_generator(seed, "t", *t), estimator.w)
         noisy = corrupt(batch, times, estimator)
         normalizer = global_normalizer([noisy], self.world)
-        result = backward(model, estimator.loss, noisy, normalizer, self.world)
+        norms = wants_norms(estimator.timesteps)
+        result = backward(model, estimator.loss, noisy, normalizer, self.world, norms=norms)
         gradient = folded_gradient(model, self.cfg.projection, seed, rank)
         model.zero_grad(set_to_none=True)
         return Estimate(result, self.world.sum(result.loss), gradient)
@@ -231,13 +250,18 @@ class MDMVariance:
                 gradients[name].append(found.gradient)
             candidate.seconds.append((time.perf_counter() - start) / len(DRAWS))
             bar.update()
-        for kind, drawn, shared in (("loss", losses, False), ("gradient", gradients, True)):
-            part = contributions(
-                Draws(**{name: torch.stack(values) for name, values in drawn.items()}),
-                self.batches.size,
-            )
-            # Each rank has other coordinates of the gradient; all have the whole loss.
-            candidate.parts[kind].append((self.world.sum(part) if shared else part).cpu())
+        loss, gradient = (
+            Draws(**{name: torch.stack(values) for name, values in drawn.items()})
+            for drawn in (losses, gradients)
+        )
+        rows = self.batches.size
+        candidate.parts["loss"].append(contributions(loss, rows).cpu())
+        # Each rank has other coordinates of the gradient; all have the whole loss.
+        for kind, part in (
+            ("gradient", contributions(gradient, rows)),
+            ("signal", signal(gradient)),
+        ):
+            candidate.parts[kind].append(self.world.sum(part).cpu())
 
     def report(self, final: bool = True) -> None:
         """Write the table, JSON, CSV, figures and TensorBoard, from the whole rounds so far."""
@@ -251,6 +275,7 @@ class MDMVariance:
                 sorted(x.seconds)[len(x.seconds) // 2],
                 torch.cat(x.parts["loss"][:rounds]),
                 torch.cat(x.parts["gradient"][:rounds]),
+                torch.cat(x.parts["signal"][:rounds]),
             )
             for x in self.candidates
         ]

@@ -16,8 +16,9 @@ from mdm_plugin.masking import (
     Systematic,
     masking_rate,
 )
-from mdm_plugin.timesteps import Adaptive, Clipped, ParetoOptimal, Stratified, Uniform
-from tests.toy import Toy, row_losses, z_score
+from mdm_plugin.objectives import Power
+from mdm_plugin.timesteps import Adaptive, ParetoOptimal, Stratified, Uniform
+from tests.toy import ELBO, Toy, row_losses, z_score
 
 GROUPS, SIZE = 16_384, 8  # 131,072 draws
 EPS = 1e-3
@@ -40,7 +41,7 @@ def adaptive():
     sampler = Adaptive(bins=5, warmup_rows=10)
     t = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sampler.update(sampler.tally(t, 0.2 + t))
-    assert float(sampler.density(torch.tensor([0.9]))) > 1.2
+    assert float(sampler.density(ELBO)(torch.tensor([0.9]))) > 1.2
     return sampler
 
 
@@ -100,28 +101,27 @@ def test_count_weights_have_less_variance_than_weights_of_t():
     assert drawn[0].var() < 0.98 * drawn[1].var()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.3, 0.8), (0.05, 1.0)])
-def test_clipped_has_the_bias_that_it_says(low, high):
-    losses = row_losses(
-        TOY, Clipped(low, high), Bernoulli(EPS), MDMLoss(), groups=GROUPS, size=SIZE
-    )
-    assert abs(z_score(losses, TOY.objective(EPS, low, high))) < 4
-    assert abs(z_score(losses, TOY.objective(EPS))) > 4
-
-
 class SystematicByRate(Systematic):
     """Wrong: systematic masks, each position with rate p, weighted by 1/p."""
 
-    def __call__(self, t, u, eligible):
-        return super().__call__(t, u, eligible)._replace(inverse_p=1 / t[None])
+    def __call__(self, t, u, eligible, w):
+        return super().__call__(t, u, eligible, w)._replace(inverse_p=1 / t[None])
 
 
 class TruncatedUniform(TimestepSampler):
     """Wrong: t ~ U(0.1, 1) taken for U(0, 1)."""
 
-    def __call__(self, n, generator):
+    def __call__(self, n, generator, w):
         t = 0.1 + 0.9 * torch.rand(n, generator=generator, dtype=torch.float64)
         return Times(t, torch.ones_like(t))
+
+
+class WithoutP(Bernoulli):
+    """Wrong: no 1/p, which is the objective ``Power(1)``, taken for the ELBO."""
+
+    def __call__(self, t, u, eligible, w):
+        views = super().__call__(t, u, eligible, w)
+        return views._replace(inverse_p=torch.ones_like(views.inverse_p))
 
 
 class WrongPair(Masking):
@@ -129,7 +129,7 @@ class WrongPair(Masking):
 
     views = 2
 
-    def __call__(self, t, u, eligible):
+    def __call__(self, t, u, eligible, w):
         p = masking_rate(t, EPS)
         mask = torch.stack((u < p[:, None], u >= p[:, None])) & eligible
         return Views(mask, (1 / p).expand(2, -1))
@@ -141,13 +141,22 @@ class WrongPair(Masking):
         (TruncatedUniform(), Bernoulli(EPS), MDMLoss()),
         (Uniform(), WrongPair(), MDMLoss()),
         (Uniform(), SystematicByRate(), MDMLoss()),
-        (Uniform(), Bernoulli(EPS), MDMLoss(weight="ones")),
+        (Uniform(), WithoutP(EPS), MDMLoss()),
     ],
     ids=["truncated support", "wrong second rate", "systematic with 1/p", "no 1/p"],
 )
 def test_the_same_test_fails_a_wrong_estimator(sampler, masking, loss):
     losses = row_losses(TOY, sampler, masking, loss, groups=GROUPS, size=SIZE)
     assert abs(z_score(losses, TOY.objective(EPS))) > 4
+
+
+def test_a_loss_without_1_over_p_is_half_of_the_objective_power_1():
+    losses = row_losses(TOY, Uniform(), WithoutP(0.0), MDMLoss(), groups=GROUPS, size=SIZE)
+    truth = TOY.objective(0.0, lambda t: 2 * t)
+    assert abs(z_score(2 * losses, truth)) < 4
+    w = Power(1.0)(0.0)
+    declared = row_losses(TOY, Uniform(), Bernoulli(0.0), MDMLoss(), groups=GROUPS, size=SIZE, w=w)
+    assert abs(z_score(declared, truth)) < 4
 
 
 def test_dropping_rows_that_drew_no_mask_is_caught():
@@ -165,7 +174,8 @@ def test_mirror_has_less_variance_than_two_independent_masks():
     def loss_of(mask):
         return TOY.ce[TOY.codes(mask)].sum(1)
 
-    pair = Mirror(EPS)(t, u[0], eligible).mask
+    pair = Mirror(EPS)(t, u[0], eligible, ELBO).mask
     mirrored = (loss_of(pair[0]) + loss_of(pair[1])) / 2
-    independent = sum(loss_of(Bernoulli(EPS)(t, u[i], eligible).mask[0]) for i in range(2)) / 2
+    single = [Bernoulli(EPS)(t, u[i], eligible, ELBO).mask[0] for i in range(2)]
+    independent = (loss_of(single[0]) + loss_of(single[1])) / 2
     assert mirrored.var() < 0.5 * independent.var()

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mdm_plugin"
-MATHS = ["noise", "density", "loss", "contract", "pareto", "timesteps", "masking", "variance"]
+MATHS = ["noise", "density", "loss", "contract", "pareto"]
+MATHS += ["objectives", "timesteps", "masking", "variance"]
 # From below to above: each may import those before it, and itself.
 FLOORS = [
     ["errors", "quiet", "torchtune_internals", *MATHS],
@@ -23,6 +24,7 @@ FLOORS = [
     ["evaluation"],
     ["quickstart"],
     ["titan"],
+    ["doctor"],
     ["cli"],
 ]
 # Rooms that stand beside each other, or below with less than their floor.
@@ -33,7 +35,8 @@ MAY = {
     "distributed": ["errors", "noise", "models"],
     "checkpoint": ["errors", "config", "models", "distributed"],
     "generation": ["errors", "noise", "models"],
-    "cli": ["config", "torchtune_internals"],
+    "cli": ["config", "torchtune_internals", "doctor"],
+    "doctor": ["training", "data"],
     "errors": [],
     "quiet": [],
     "torchtune_internals": [],

@@ -14,6 +14,7 @@ from mdm_plugin.masking import (
     Systematic,
     masking_rate,
 )
+from tests.toy import ELBO
 
 R, L = 20_000, 12
 GENERATOR = torch.Generator().manual_seed(0)
@@ -46,7 +47,7 @@ def test_masking_rate_is_llada_s():
 @pytest.mark.parametrize("masking", MASKS, ids=lambda m: type(m).__name__)
 def test_only_eligible_positions_are_masked(masking):
     mask, inverse_p, _ = masking(
-        torch.rand(R, generator=GENERATOR, dtype=torch.float64), U, ELIGIBLE
+        torch.rand(R, generator=GENERATOR, dtype=torch.float64), U, ELIGIBLE, ELBO
     )
     assert mask.shape[1:] == (R, L)
     assert inverse_p.shape == mask.shape[:2]
@@ -60,7 +61,7 @@ def test_only_eligible_positions_are_masked(masking):
 )
 def test_each_view_is_bernoulli_p(masking, p):
     """Every position's rate, and every pair of positions' joint rate, within 4 standard errors."""
-    for view in masking(rates(p), U, ELIGIBLE).mask[..., 3:10].double():
+    for view in masking(rates(p), U, ELIGIBLE, ELBO).mask[..., 3:10].double():
         assert (view.mean(0) - p).abs().max() < 4.5 * (p * (1 - p) / R) ** 0.5
         joint = (view.T @ view) / R
         off = ~torch.eye(N, dtype=torch.bool)
@@ -69,7 +70,7 @@ def test_each_view_is_bernoulli_p(masking, p):
 
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.7])
 def test_mirror_s_masks_are_disjoint_or_cover_all(p):
-    first, second = Mirror()(rates(p), U, ELIGIBLE).mask[..., 3:10]
+    first, second = Mirror()(rates(p), U, ELIGIBLE, ELBO).mask[..., 3:10]
     if p <= 0.5:
         assert not (first & second).any()
     if p >= 0.5:
@@ -79,7 +80,7 @@ def test_mirror_s_masks_are_disjoint_or_cover_all(p):
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.7])
 def test_mirror_s_correlation_is_as_derived(p):
     """P(both masked) = max(0, 2p − 1): an independent second mask, with p², would fail."""
-    first, second = Mirror()(rates(p), U, ELIGIBLE).mask[..., 3:10].double()
+    first, second = Mirror()(rates(p), U, ELIGIBLE, ELBO).mask[..., 3:10].double()
     both = (first * second).mean().item()
     truth = max(0.0, 2 * p - 1)
     tolerance = 4 * (truth * (1 - truth) / (R * N)) ** 0.5 + 1e-12
@@ -90,7 +91,7 @@ def test_mirror_s_correlation_is_as_derived(p):
 def test_fixed_count_masks_exactly_l_positions():
     for count in range(1, N + 1):
         t = torch.full((R,), (count - 0.5) / N, dtype=torch.float64)
-        mask, inverse_p, _ = FixedCount()(t, U, ELIGIBLE)
+        mask, inverse_p, _ = FixedCount()(t, U, ELIGIBLE, ELBO)
         assert (mask[0].sum(1) == count).all()
         assert torch.allclose(inverse_p, torch.tensor(N / count, dtype=torch.float64))
         # Each position equally often: a hypergeometric marginal of l/N.
@@ -101,14 +102,14 @@ def test_fixed_count_masks_exactly_l_positions():
 
 def test_fixed_count_at_the_ends_of_t():
     mask, _, _ = FixedCount()(
-        torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), U[:2], ELIGIBLE[:2]
+        torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), U[:2], ELIGIBLE[:2], ELBO
     )
     assert mask[0].sum(1).tolist() == [1, N]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.77, 1.0])
 def test_systematic_s_count_is_one_of_two_and_its_marginals_are_p(p):
-    mask = Systematic()(torch.full((R,), p, dtype=torch.float64), U, ELIGIBLE).mask[0]
+    mask = Systematic()(torch.full((R,), p, dtype=torch.float64), U, ELIGIBLE, ELBO).mask[0]
     counts = mask.sum(1)
     assert set(counts.tolist()) <= {math.floor(N * p + 1e-9), math.ceil(N * p - 1e-9)}
     assert abs(counts.double().mean() - N * p) < 4.5 * 0.5 / R**0.5 + 1e-9
@@ -118,7 +119,7 @@ def test_systematic_s_count_is_one_of_two_and_its_marginals_are_p(p):
 
 def test_independent_masks_are_uncorrelated_which_mirror_s_are_not():
     for masking, correlated in ((Independent(), False), (Mirror(), True)):
-        first, second = masking(rates(0.4), U, ELIGIBLE).mask[..., 3:10].double()
+        first, second = masking(rates(0.4), U, ELIGIBLE, ELBO).mask[..., 3:10].double()
         covariance = float((first * second).mean() - 0.16)
         limit = 4 * (0.16 * 0.84 / (R * N)) ** 0.5
         assert (abs(covariance) > limit) == correlated
@@ -126,7 +127,7 @@ def test_independent_masks_are_uncorrelated_which_mirror_s_are_not():
 
 def test_complement_covers_all_and_its_counts_add_up_to_n_plus_one():
     t = torch.rand(R, generator=GENERATOR, dtype=torch.float64)
-    mask, inverse_p, _ = Complement()(t, U, ELIGIBLE)
+    mask, inverse_p, _ = Complement()(t, U, ELIGIBLE, ELBO)
     first, last = mask.sum(2)
     assert (first + last == N + 1).all()
     assert (mask.any(0) == ELIGIBLE).all()
@@ -139,10 +140,10 @@ def test_complement_covers_all_and_its_counts_add_up_to_n_plus_one():
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_rotation_masks_each_position_as_evenly_as_k_allows(k):
     for p in (0.2, 0.5, 0.9):
-        times = Rotation(k)(rates(p), U, ELIGIBLE).mask.sum(0)[ELIGIBLE]
+        times = Rotation(k)(rates(p), U, ELIGIBLE, ELBO).mask.sum(0)[ELIGIBLE]
         assert set(times.tolist()) <= {math.floor(k * p + 1e-9), math.ceil(k * p - 1e-9)}
     t = torch.rand(R, generator=GENERATOR, dtype=torch.float64)
-    mask = Rotation(k, fixed_count=True)(t, U, ELIGIBLE).mask
+    mask = Rotation(k, fixed_count=True)(t, U, ELIGIBLE, ELBO).mask
     count = mask.sum(2)
     assert (count == count[0]).all()
     small = count[0] <= N // k  # the views' places on the ring do not meet
@@ -155,6 +156,6 @@ def test_rotation_needs_two_views():
 
 
 def test_next_token_predicts_all_and_hides_nothing():
-    views = NextToken()(rates(0.5), U, ELIGIBLE)
+    views = NextToken()(rates(0.5), U, ELIGIBLE, ELBO)
     assert (views.mask[0] == ELIGIBLE).all() and not views.hidden.any()
     assert (views.inverse_p == 1).all()

@@ -21,7 +21,7 @@ from mdm_plugin.training.probe import fit
 from mdm_plugin.training.step import corrupted_step
 from tests.conftest import scalars, torchrun
 from tests.forks import free_port
-from tests.toy import Toy, row_losses, z_score
+from tests.toy import ELBO, Toy, row_losses, z_score
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/adding-a-method.md").read_text()
@@ -32,6 +32,14 @@ KINDS = {
     "learning": ("my_methods.Learning", "mdm_plugin.masking.FixedCount"),
     "by count": ("mdm_plugin.timesteps.Stratified", "my_methods.BothEnds"),
 }
+OBJECTIVE = ("my_methods.Probed", "my_methods.BothEnds")  # with an objective of one's own as well
+
+
+def parts(kind):
+    """Of the recipe's config: the sampler, the mask, and the objective."""
+    if kind == "objective":
+        return (*OBJECTIVE, "my_methods.Middle")
+    return (*KINDS[kind], "mdm_plugin.objectives.ELBO")
 
 
 @pytest.fixture
@@ -46,10 +54,10 @@ def methods(tmp_path, monkeypatch):
     sys.modules.pop("my_methods", None)
 
 
-def taught(sampler):
+def taught(sampler, w=ELBO):
     """A sampler after what a recipe would teach it."""
-    if plan := sampler.probe_plan():
-        sampler.fit(Probe(plan.t, plan.t, plan.t, 3 - 2 * plan.t, 0))
+    if plan := sampler.probe_plan(w):
+        sampler.fit(Probe(plan.t, plan.t, plan.t, 3 - 2 * plan.t, 0), w)
     if sampler.learns:
         t = torch.linspace(0.01, 0.99, 50).double()
         sampler.update(sampler.tally(t, 0.5 + t))
@@ -63,7 +71,7 @@ def test_each_is_an_estimator_of_the_objective(methods, name):
         pairs = [(Stratified(), masks), (taught(methods.Probed()), masks)]
     else:
         sampler = taught(getattr(methods, name)())
-        assert float(sampler(4096, torch.Generator().manual_seed(0)).weight.std()) > 0.1
+        assert float(sampler(4096, torch.Generator().manual_seed(0), ELBO).weight.std()) > 0.1
         pairs = [(sampler, Bernoulli(1e-3)), (sampler, FixedCount())]
     for sampler, masking in pairs:
         losses = row_losses(toy, sampler, masking, MDMLoss(), groups=4096, size=32)
@@ -71,11 +79,24 @@ def test_each_is_an_estimator_of_the_objective(methods, name):
         assert abs(z_score(losses, truth)) < 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["Early", "Probed", "Learning", "Stratified"])
+def test_each_is_an_estimator_of_an_objective_of_one_s_own(methods, name):
+    """Of w(t) = 4·min(t, 1 − t), which is not the ELBO."""
+    toy, w = Toy(4), methods.Middle()(0.0)
+    sampler = Stratified() if name == "Stratified" else taught(getattr(methods, name)(), w)
+    for masking, eps in ((Bernoulli(1e-3), 1e-3), (methods.BothEnds(), 0.0)):
+        losses = row_losses(toy, sampler, masking, MDMLoss(), groups=2048, size=32, w=w)
+        truth = toy.objective(eps, lambda t: 4 * torch.minimum(t, 1 - t), (0.0, 0.5, 1.0))
+        assert abs(z_score(losses, truth)) < 4
+        assert abs(z_score(losses, toy.objective(eps))) > 4
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "objective"])
 def test_in_the_recipe_it_is_saved_and_resumed_bit_equal(tune, tmp_path, kind):
     (tmp_path / "my_methods.py").write_text(CODE)
-    timesteps, masking = KINDS[kind]
+    timesteps, masking, objective = parts(kind)
     common = (f"timesteps={timesteps}", f"masking={masking}", "save_every_n_steps=4")
+    common += (f"objective._component_={objective}",)
     common += ("max_steps_per_epoch=8", "epochs=1", "allow_components=[my_methods]")
     tune(*common, out="whole")
     tune(*common, f"resume_from_checkpoint={tmp_path / 'whole/step_4'}", out="resumed")
@@ -89,10 +110,14 @@ def test_in_the_recipe_it_is_saved_and_resumed_bit_equal(tune, tmp_path, kind):
     assert states[0]["parts"] == states[1]["parts"]
     state = states[0]["parts"]["timesteps"]
     assert state["kind"] == timesteps
-    assert bool(state["state"]) == (kind in ("probed", "learning"))
-    if kind == "probed":
+    assert bool(state["state"]) == (kind in ("probed", "learning", "objective"))
+    if kind in ("probed", "objective"):
         fitted = json.loads((tmp_path / "whole/timesteps_step_0.json").read_text())
         assert fitted["highest"] > 0 and fitted["density"] == state["state"]["density"]
+        # The probe is at the same shares of the objective; of Middle, s = 2t² up to t = 1/2.
+        assert fitted["s"] == pytest.approx([0.1, 0.3, 0.6, 0.9])
+        first = 0.1 if kind == "probed" else 0.05**0.5
+        assert fitted["t"][0] == pytest.approx(first)
 
 
 WATCHED = """
@@ -109,8 +134,8 @@ def test_in_mdm_variance_they_are_probed_and_taught(command, data_dir, tmp_path)
     (tmp_path / "my_methods.py").write_text(CODE + WATCHED)
     more = [
         f"estimators.{kind.title().replace(' ', '')}.{key}._component_={value}"
-        for kind, parts in KINDS.items()
-        for key, value in zip(("timesteps", "masking"), parts, strict=True)
+        for kind, given in KINDS.items()
+        for key, value in zip(("timesteps", "masking"), given, strict=True)
     ]
     more = [
         x.replace(
@@ -137,12 +162,26 @@ def test_in_mdm_variance_they_are_probed_and_taught(command, data_dir, tmp_path)
 
 def test_a_contract_that_is_not_kept_is_one_line(tune, tmp_path):
     text = CODE.replace("    views = 2\n", "")
-    text += "\n\nclass Pair(Early):\n    def __call__(self, n, generator):\n"
-    text += "        return tuple(super().__call__(n, generator))\n"
+    text += "\n\nclass Pair(Early):\n    def __call__(self, n, generator, w):\n"
+    text += "        return tuple(super().__call__(n, generator, w))\n"
+    text += (
+        "\n\nclass Numbers(Middle):\n    def __call__(self, progress):\n        return [0, 1, 0]\n"
+    )
+    text += "\n\nclass Falling(Middle):\n    def __call__(self, progress):\n"
+    text += (
+        "        return Density(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5 - progress]))\n"
+    )
     (tmp_path / "my_methods.py").write_text(text)
+    own = "objective._component_=my_methods"
     for given, words in (
         ("masking=my_methods.BothEnds", "masking: BothEnds gives 2 views and declares 1"),
         ("timesteps=my_methods.Pair", "timesteps: Pair gives a tuple: return mdm_plugin.contract"),
+        (f"{own}.Early", "objective: Early is no Objective: derive it from"),
+        (f"{own}.Numbers", "objective: Numbers gives a list: return a mdm_plugin.density"),
+        (
+            f"{own}.Falling",
+            "objective: Falling at 100% of training: a density is finite and not negative",
+        ),
     ):
         done = tune(given, "allow_components=[my_methods]", check=False)
         assert done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]
@@ -155,11 +194,13 @@ def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_
     home.mkdir()
     (home / "quickstart").symlink_to(data_dir)
     spec = []
-    for kind, (timesteps, masking) in KINDS.items():
+    for kind in (*KINDS, "objective"):
+        timesteps, masking, objective = parts(kind)
         for run, steps in (("first", 2), ("whole", 4), ("resumed", 4)):
             out = tmp_path / kind / ("first" if run == "resumed" else run)
             arguments = [
                 *("--dataloader.timesteps", timesteps, "--dataloader.masking", masking),
+                *("--dataloader.objective", objective),
                 *("--training.steps", str(steps), "--training.local_batch_size", "4"),
                 *("--training.global_batch_size", "8", "--metrics.log_freq", "1"),
                 *("--checkpoint.interval", "2", "--validator.no-enable", "--debug.seed", "5"),
@@ -177,7 +218,7 @@ def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_
             )
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     torchrun(command, 1, "tests.titan.runs", tmp_path / "spec.json", home=home)
-    for kind in KINDS:
+    for kind in (*KINDS, "objective"):
         first, whole, resumed = (
             json.loads((tmp_path / kind / place / f"{run}_0.json").read_text())
             for run, place in (("first", "first"), ("whole", "whole"), ("resumed", "first"))
@@ -193,46 +234,52 @@ def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_
 WRONG = {
     "no call": ("class X(TimestepSampler): pass", "__call__ gives the times: it is not written"),
     "no tally": ("class X(Early):\n    learns = True", "tally goes with learns = True"),
+    "learns from what": (
+        'class X(Learning):\n    learns_from = "noise"',
+        "learns_from is 'noise': say loss or gradient",
+    ),
     "forgot learns": ("class X(Learning):\n    learns = False", "tally goes with learns = True"),
     "no fit": (
-        "class X(Early):\n    def probe_plan(self):\n        return Probed().probe_plan()",
+        "class X(Early):\n    def probe_plan(self, w):\n        return Probed().probe_plan(w)",
         "fit goes with probe_plan",
     ),
     "no mask": ("class X(Masking): pass", "__call__ gives the views: it is not written"),
     "float32": (
-        "class X(Early):\n    def __call__(self, n, generator):\n"
-        "        t, w, q = super().__call__(n, generator)\n        return Times(t.float(), w, q)",
+        "class X(Early):\n    def __call__(self, n, generator, w):\n"
+        "        t, weight, h = super().__call__(n, generator, w)\n"
+        "        return Times(t.float(), weight, h)",
         r"gives t of shape \[8\] and torch.float32: 8 rows want \[8\]",
     ),
     "too few": (
-        "class X(Early):\n    def __call__(self, n, generator):\n"
-        "        return super().__call__(n - 1, generator)",
+        "class X(Early):\n    def __call__(self, n, generator, w):\n"
+        "        return super().__call__(n - 1, generator, w)",
         r"gives t of shape \[7\]",
     ),
     "beyond 1": (
-        "class X(Early):\n    def __call__(self, n, generator):\n"
-        "        t, w, q = super().__call__(n, generator)\n        return Times(t + 1, w, q)",
+        "class X(Early):\n    def __call__(self, n, generator, w):\n"
+        "        t, weight, h = super().__call__(n, generator, w)\n"
+        "        return Times(t + 1, weight, h)",
         r"gives a t outside of \[0, 1\]",
     ),
     "prompt": (
-        "class X(BothEnds):\n    def __call__(self, t, u, eligible):\n"
-        "        views = super().__call__(t, u, eligible)\n"
+        "class X(BothEnds):\n    def __call__(self, t, u, eligible, w):\n"
+        "        views = super().__call__(t, u, eligible, w)\n"
         "        return views._replace(mask=views.mask | True)",
         "masks what is not eligible",
     ),
     "flat weight": (
-        "class X(BothEnds):\n    def __call__(self, t, u, eligible):\n"
-        "        views = super().__call__(t, u, eligible)\n"
+        "class X(BothEnds):\n    def __call__(self, t, u, eligible, w):\n"
+        "        views = super().__call__(t, u, eligible, w)\n"
         "        return views._replace(inverse_p=views.inverse_p[0])",
         r"and inverse_p of \[8\]: 2 views of 8 rows",
     ),
     "tuple": (
-        "class X(BothEnds):\n    def __call__(self, t, u, eligible):\n"
-        "        return tuple(super().__call__(t, u, eligible))",
+        "class X(BothEnds):\n    def __call__(self, t, u, eligible, w):\n"
+        "        return tuple(super().__call__(t, u, eligible, w))",
         "X gives a tuple: return mdm_plugin.contract.Views",
     ),
     "no Fitted": (
-        "class X(Probed):\n    def fit(self, measured):\n        super().fit(measured)",
+        "class X(Probed):\n    def fit(self, measured, w):\n        super().fit(measured, w)",
         "X.fit gives no mdm_plugin.contract.Fitted",
     ),
 }
@@ -251,9 +298,9 @@ def test_what_is_not_as_the_contract_says_is_one_line(methods, case):
     masking = part if isinstance(part, Masking) else Bernoulli()
     with pytest.raises(UserError, match=words):
         estimator = as_estimator(timesteps, masking, MDMLoss(), 7)
-        if plan := timesteps.probe_plan():
+        if plan := timesteps.probe_plan(ELBO):
             measured = Probe(plan.t, plan.t, plan.t, plan.t, 0)
-            fit(timesteps, plan, measured, World(0, 1, torch.device("cpu"), None))
+            fit(estimator, plan, measured, World(0, 1, torch.device("cpu"), None))
         corrupted_step(batches, 0, estimator)
 
 

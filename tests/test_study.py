@@ -56,11 +56,16 @@ def test_answers_are_as_long_as_in_training(home):
         assert max(int(row.eligible.sum()) for row in rows) == longest
 
 
+def as_dict(given):
+    """Of key=value; what ~key takes away is not there."""
+    return dict(x.split("=", 1) for x in given if not x.startswith("~"))
+
+
 def test_methods_take_as_many_steps_and_their_own_forwards():
     assert not set(SEEDS) & set(TUNING_SEEDS) and len(SEEDS) >= 5 and len(METHODS) >= 11
     for name, method in METHODS.items():
         for task, steps in STEPS.items():
-            given = dict(x.split("=", 1) for x in overrides(name, task))
+            given = as_dict(overrides(name, task))
             assert int(given["epochs"]) * int(given["max_steps_per_epoch"]) == steps
         assert int(given["batch_size"]) == method.rows
         assert method.family in TUNED_ON
@@ -72,10 +77,7 @@ def test_a_cause_is_one_change():
     assert not set(CAUSES) & set(METHODS)
     for name, cause in CAUSES.items():
         for task in CAUSE_TASKS:
-            given, like = (
-                dict(x.split("=", 1) for x in overrides(method, task))
-                for method in (name, cause.like)
-            )
+            given, like = (as_dict(overrides(method, task)) for method in (name, cause.like))
             changed = {key for key in given if given[key] != like.get(key)}
             assert bool(changed) != bool(cause.rate)
             assert like.keys() - given.keys() <= {"timesteps.grid"}
@@ -124,20 +126,27 @@ def test_the_best_rate_is_of_the_validation_rows_and_the_test_rows_do_not_matter
 
 
 def test_the_report_is_the_same_bytes_and_finds_what_is_there(results, tmp_path, monkeypatch):
-    texts, figures = [], []
+    texts, figures, before = [], [], ""
     for name in ("a", "b"):
         place = tmp_path / name
         place.mkdir()
-        shutil.copy(HERE.parents[1] / "docs" / "study.md", place)
+        for page in ("study.md", "objectives.md"):
+            shutil.copy(HERE.parents[1] / "docs" / page, place)
         monkeypatch.setattr(report, "DOCS", place)
         report.write(results)
         texts.append((place / "study.md").read_text())
+        second = (place / "objectives.md").read_text()
+        assert not texts[1:] or second == before
+        before = second
         figures.append([(place / f"{x}.png").read_bytes() for x in report.FIGURES])
     assert texts[0] == texts[1] and figures[0] == figures[1]
     line, _ = [x for x in texts[0].splitlines() if x.startswith("| P-POTS FixedCount | +")]
     difference, half = (float(x) for x in line.split("|")[2].split(" ± "))
     assert abs(difference - 30) < half + 1 and 0.5 < half < 4
     assert "the best of ours is not below it | P-POTS FixedCount: +" in texts[0]
+    assert "Muon" not in texts[0].split(report.MARKERS[0])[1]  # the second part has its own page
+    table = second.split(report.MARKERS[0])[1]
+    assert "| FixedCount, window (.4, 1), Muon | 32 | " in table and "| MIRROR |" not in table
     found = [x for x in texts[0].splitlines() if "twice the steps | chain" in x]
     assert len(found) == 1 and abs(float(found[0].split("|")[5].split()[0]) - 50) < 5
 

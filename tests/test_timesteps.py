@@ -8,21 +8,22 @@ from hypothesis import strategies as st
 from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
 from mdm_plugin.density import Density, count_weight, uniform_density
 from mdm_plugin.noise import keyed_generator
+from mdm_plugin.objectives import Window
 from mdm_plugin.timesteps import (
     Adaptive,
-    Clipped,
     ParetoOptimal,
     Stratified,
     Uniform,
     stratified_uniform,
 )
+from tests.toy import ELBO
 
 SAMPLERS = [Uniform(), Stratified()]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_t_is_in_the_unit_interval_with_weight_one(sampler):
-    t, weight, density = sampler(1000, keyed_generator(0))
+    t, weight, density = sampler(1000, keyed_generator(0), ELBO)
     assert density is None and not sampler.weighted
     assert t.shape == weight.shape == (1000,)
     assert t.dtype == weight.dtype == torch.float64
@@ -33,7 +34,7 @@ def test_t_is_in_the_unit_interval_with_weight_one(sampler):
 @pytest.mark.parametrize("n", [1, 2, 7, 64])
 def test_stratified_has_exactly_one_draw_per_stratum(n):
     for seed in range(20):
-        t = Stratified()(n, keyed_generator(seed)).t
+        t = Stratified()(n, keyed_generator(seed), ELBO).t
         assert sorted((t * n).long().tolist()) == list(range(n))
 
 
@@ -49,7 +50,7 @@ def test_each_place_of_a_stratified_batch_is_uniform():
 def test_stratification_reduces_the_variance_of_a_batch_mean():
     means = {
         type(s).__name__: torch.stack(
-            [s(16, keyed_generator(i))[0].square().mean() for i in range(500)]
+            [s(16, keyed_generator(i), ELBO)[0].square().mean() for i in range(500)]
         ).var()
         for s in SAMPLERS
     }
@@ -59,9 +60,9 @@ def test_stratification_reduces_the_variance_of_a_batch_mean():
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_sampler_depends_on_its_generator_alone(sampler):
     torch.manual_seed(1)
-    first = sampler(8, keyed_generator(3))[0]
+    first = sampler(8, keyed_generator(3), ELBO)[0]
     torch.manual_seed(2)
-    assert torch.equal(sampler(8, keyed_generator(3))[0], first)
+    assert torch.equal(sampler(8, keyed_generator(3), ELBO)[0], first)
 
 
 def density_of(values, mix=0.05):
@@ -97,7 +98,7 @@ def test_quantile_inverts_the_cdf(density, u):
 def test_count_weights_add_up(density, n):
     """Σ_l p(l) · 1/(N·p(l)) = 1, with p(l) from quadrature."""
     t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    weight = count_weight(density, t, torch.full((n,), n))
+    weight = count_weight(density, t, torch.full((n,), n), ELBO, antithetic=False)
     edges = torch.arange(n + 1, dtype=torch.float64) / n
     p = density.cdf(edges).diff()
     assert torch.allclose(weight * p, torch.full((n,), 1 / n, dtype=torch.float64))
@@ -122,9 +123,10 @@ def test_a_million_draws_are_of_the_density():
     assert ((steps[1:] - t).abs().max()) > 0.05  # which is far from the uniform density
 
 
-@pytest.mark.parametrize("sampler", [Stratified(), fitted(), Adaptive(), Clipped(0.2, 0.7)])
+@pytest.mark.parametrize("w", [ELBO, Window(0.2, 0.7)(0.0)], ids=["ELBO", "Window"])
+@pytest.mark.parametrize("sampler", [Stratified(), fitted(), Adaptive()])
 @pytest.mark.parametrize(("ranks", "accumulation"), [(r, a) for r in (1, 2, 4) for a in (1, 2)])
-def test_one_t_per_stratum_of_the_global_batch_for_any_split(sampler, ranks, accumulation):
+def test_one_t_per_stratum_of_the_global_batch_for_any_split(sampler, ranks, accumulation, w):
     rows = Rows(([1] * 5, [True] * 5) for _ in range(16))
     per_rank = 16 // ranks // accumulation
     t = []
@@ -132,20 +134,20 @@ def test_one_t_per_stratum_of_the_global_batch_for_any_split(sampler, ranks, acc
         batches = GlobalBatches(
             rows, Split(per_rank, ranks, rank, accumulation), Padding(0), seed=0
         )
-        drawn, _, density = sampler(batches.size, keyed_generator(0, "t", 3))
+        drawn, _, density = sampler(batches.size, keyed_generator(0, "t", 3), w)
         t += [drawn[batch.places] for batch in batches.micro_batches(3)]
     t = torch.cat(t)
-    clipped = isinstance(sampler, Clipped)
-    u = (t - 0.2) / 0.5 if clipped else (density or uniform_density()).cdf(t)
+    s = t if w is ELBO else (t - 0.2) / 0.5
+    u = (density or uniform_density()).cdf(s)
     assert sorted((u * 16).long().tolist()) == list(range(16))
 
 
 def test_pareto_optimal_weights_are_bounded_and_it_wants_a_density_first():
-    t, weight, _ = fitted((1e6, 1, 1, 1))(1000, keyed_generator(0))
+    t, weight, _ = fitted((1e6, 1, 1, 1))(1000, keyed_generator(0), ELBO)
     assert torch.allclose(weight, 1 / fitted((1e6, 1, 1, 1)).density(t))
     assert weight.max() <= 20
     with pytest.raises(RuntimeError, match="probe first"):
-        ParetoOptimal()(8, keyed_generator(0))
+        ParetoOptimal()(8, keyed_generator(0), ELBO)
 
 
 def test_states_come_back():
@@ -154,17 +156,19 @@ def test_states_come_back():
     adaptive.update(adaptive.tally(t, 1 + t))
     for one, other in ((sampler, ParetoOptimal()), (adaptive, Adaptive(bins=4, warmup_rows=1))):
         other.load_state_dict(json.loads(json.dumps(one.state_dict())))
-        assert torch.equal(other(64, keyed_generator(1))[0], one(64, keyed_generator(1))[0])
+        for w in (ELBO, Window(0.3, 1.0)(0.0)):
+            drawn = [x(64, keyed_generator(1), w).t for x in (one, other)]
+            assert torch.equal(*drawn)
 
 
 def test_adaptive_finds_the_root_of_the_second_moment():
     sampler = Adaptive(bins=10, decay=0.9, mix=0.01, warmup_rows=5)
     for step in range(100):
-        t, weight, _ = sampler(64, keyed_generator(step))
+        t, weight, _ = sampler(64, keyed_generator(step), ELBO)
         assert step > 0 or (weight == 1).all()
         sampler.update(sampler.tally(t, 3 * t))
     middle = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    low, high = sampler.density(middle)
+    low, high = sampler.density(ELBO)(middle)
     assert float(high / low) == pytest.approx(3, rel=0.1)
 
 
@@ -177,8 +181,9 @@ def test_adaptive_finds_the_root_of_the_second_moment():
         (lambda: ParetoOptimal(masks=1), "masks"),
         (lambda: ParetoOptimal(refit_every_n_steps=0), "refit"),
         (lambda: Adaptive(decay=1.0), "decay"),
-        (lambda: Clipped(0.8, 0.3), "low"),
-        (lambda: Density(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])), "positive"),
+        (lambda: Density(torch.tensor([0.0, 1.0]), torch.zeros(2)), "mass"),
+        (lambda: Density(torch.tensor([0.0, 1.0]), torch.tensor([2.0, -1.0])), "negative"),
+        (lambda: Density(torch.tensor([0.0, 0.6, 0.4, 1.0]), torch.ones(4)), "from 0 to 1"),
         (lambda: Density(torch.tensor([0.1, 1.0]), torch.ones(2)), "from 0 to 1"),
     ],
 )

@@ -6,8 +6,8 @@ import torch
 
 from mdm_plugin.masking import masking_rate
 from mdm_plugin.timesteps import Stratified, Uniform
-from mdm_plugin.variance import Draws, contributions, decompose, ratio
-from tests.toy import Toy
+from mdm_plugin.variance import Draws, contributions, decompose, noise_scale, ratio, signal
+from tests.toy import ELBO, Toy
 
 EPS, N, ROWS = 0.2, 4, 8  # a large eps: light tails, so that 4 standard errors mean something
 TOYS = [Toy(N, seed) for seed in range(5)]
@@ -46,7 +46,7 @@ def drawn(sampler, groups: int, seed: int) -> Draws:
         return torch.randint(len(TOYS), (groups, ROWS), generator=generator)
 
     def times():
-        return torch.stack([sampler(ROWS, generator)[0] for _ in range(groups)])
+        return torch.stack([sampler(ROWS, generator, ELBO)[0] for _ in range(groups)])
 
     def loss(x, t):
         p = masking_rate(t, EPS)
@@ -104,3 +104,40 @@ def test_ratio_cancels_what_is_shared():
     contributed = contributions(drawn(Uniform(), 500, seed=3), ROWS)
     same = ratio(3 * contributed, contributed, factor=2)
     assert same.value == pytest.approx(6) and same.low == pytest.approx(6)
+
+
+def gaussian(mean: float, groups: int, seed: int) -> Draws:
+    """Means of 4 rows with the parts A = 3, B = 2, C = 1 in each of 5 coordinates of a row."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def part(variance):
+        return torch.randn(groups, 5, generator=generator).double() * (variance / 4) ** 0.5
+
+    rows, times = part(1), part(2)
+    return Draws(
+        mean + rows + times + part(3),
+        mean + rows + times + part(3),
+        mean + rows + part(2) + part(3),
+        mean + part(1) + part(2) + part(3),
+    )
+
+
+def test_signal_and_noise_scale_are_what_a_gaussian_has():
+    draws = gaussian(0.7, 4_000, seed=0)
+    products, contributed = signal(draws), contributions(draws, 4)
+    error = float(products.std()) / len(products) ** 0.5
+    assert abs(float(products.mean()) - 5 * 0.7**2) < 4 * error
+    scale = noise_scale(contributed, products)
+    assert scale.low < 5 * 6 / (5 * 0.7**2) < scale.high
+    assert scale.high - scale.low < 4
+    assert (
+        noise_scale(contributions(gaussian(0.0, 500, 1), 4), signal(gaussian(0.0, 500, 1))) is None
+    )
+
+
+def test_one_row_twice_in_the_signal_would_be_caught():
+    """The products with draws that share rows hold C / n besides."""
+    draws = gaussian(0.7, 40_000, seed=2)
+    products = (draws.first * draws.redrawn).sum(1)
+    error = float(products.std()) / len(products) ** 0.5
+    assert float(products.mean()) - 5 * 0.7**2 > 4 * error

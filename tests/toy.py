@@ -1,13 +1,17 @@
 """A toy model small enough for the truth: CE of every position under every mask, in a table."""
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
+from mdm_plugin.density import Density, uniform_density
 from mdm_plugin.training.step import corrupt
+
+ELBO = uniform_density()
 
 
 class Toy:
@@ -34,13 +38,17 @@ class Toy:
         probability = p**count * (1 - p) ** (self.n - count)
         return (probability * self.ce.sum(1)).sum(1) / p[:, 0] / self.n
 
-    def objective(self, eps: float, low: float = 0.0, high: float = 1.0) -> float:
-        """J = ∫ E_m[l | p(t)] dt over (low, high), as a mean; a polynomial, so Gauss is exact."""
+    def objective(self, eps: float, w=lambda t: torch.ones_like(t), edges=(0.0, 1.0)) -> float:
+        """J_w = ∫ w(t)·E_m[l | p(t)] dt; w is polynomial between edges, so that Gauss is exact."""
         import numpy
 
-        nodes, weights = numpy.polynomial.legendre.leggauss(self.n + 2)
-        t = torch.tensor((nodes + 1) / 2) * (high - low) + low
-        return float((self.loss_at((1 - eps) * t + eps) * torch.tensor(weights / 2)).sum())
+        nodes, weights = numpy.polynomial.legendre.leggauss(self.n + 4)
+        total = 0.0
+        for low, high in pairwise(edges):
+            t = torch.tensor((nodes + 1) / 2) * (high - low) + low
+            values = w(t) * self.loss_at((1 - eps) * t + eps) * torch.tensor(weights / 2)
+            total += (high - low) * float(values.sum())
+        return total
 
     def objective_by_counts(self) -> float:
         """The closed form at eps = 0: (1/N) Σ_l (1/l) · mean over |S| = l of Σ CE."""
@@ -49,26 +57,26 @@ class Toy:
 
 
 @cache  # a call for each group takes longer than all that follows, whatever the mask
-def draws(sampler, groups: int, size: int, seed: int) -> Times:
+def draws(sampler, w: Density, groups: int, size: int, seed: int) -> Times:
     """The t of ``groups`` global batches, one after another."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = [sampler(size, generator) for _ in range(groups)]
+    drawn = [sampler(size, generator, w) for _ in range(groups)]
     t, weight = (torch.cat([x[i] for x in drawn]) for i in range(2))
     return Times(t, weight, drawn[0].density)
 
 
 def row_losses(
-    toy: Toy, sampler, masking, loss, *, groups: int, size: int, seed: int = 0
+    toy: Toy, sampler, masking, loss, *, groups: int, size: int, seed: int = 0, w: Density = ELBO
 ) -> Tensor:
     """The row losses of ``groups`` global batches of ``size`` copies of the toy's row, as
     training computes them: a draw of t, and ``corrupt``. [groups, size], fp64."""
-    times, rows = draws(sampler, groups, size, seed), groups * size
+    times, rows = draws(sampler, w, groups, size, seed), groups * size
     generator = torch.Generator().manual_seed(seed + 1_000_000)
     u = torch.rand(rows, toy.n, generator=generator, dtype=torch.float64)
     eligible = torch.ones(rows, toy.n, dtype=torch.bool)
     tokens = torch.arange(toy.n).repeat(rows, 1)  # the label of a position is its index
     batch = Batch(tokens, eligible, None, u, torch.arange(rows))
-    found = corrupt(batch, times, Estimator(sampler, masking, loss, mask_id=-1))
+    found = corrupt(batch, times, Estimator(sampler, masking, loss, -1, w))
     targets = found.targets
     mask = torch.zeros(len(found.noisy), toy.n, dtype=torch.bool)
     mask.view(-1)[targets.positions] = True

@@ -15,6 +15,8 @@ import os
 import random
 from pathlib import Path
 
+import yaml
+
 from benchmarks.study import report
 from benchmarks.study.methods import METHODS, SEEDS
 from benchmarks.study.runs import (
@@ -36,6 +38,12 @@ from benchmarks.study.runs import (
 from benchmarks.study.tasks import SETTINGS, prepare
 
 STORED = HERE / "results"
+# What stored configs say, and how it is said now.
+RENAMED = {
+    "  shift: true\n": "",  # an autoregressive model's was the loss's, and is its own
+    "timesteps.Clipped\n": "timesteps.Stratified\n"
+    "objective:\n  _component_: mdm_plugin.objectives.Window\n  low: 0.3\n  high: 0.8\n",
+}
 
 
 def run_all(home: Path, results: Path, given: argparse.Namespace) -> None:
@@ -91,8 +99,9 @@ def run_again(home: Path, given: argparse.Namespace) -> None:
     files = sorted((STORED / "runs").rglob("*.json"))
     chosen = random.sample(files, given.again)
     stored = [json.loads(file.read_text()) for file in chosen]
-    for x in stored:  # the shift of an autoregressive model was the loss's then, and is its own now
-        x["config"] = x["config"].replace("  shift: true\n", "")
+    for x in stored:
+        for then, now in RENAMED.items():
+            x["config"] = x["config"].replace(then, now)
     runs = [Run(**{key: x[key] for key in Run._fields}) for x in stored]
     for run in runs:
         run.file(results).unlink(missing_ok=True)
@@ -104,6 +113,9 @@ def run_again(home: Path, given: argparse.Namespace) -> None:
     for before, run in zip(stored, runs, strict=True):
         after = json.loads(run.file(results).read_text())
         keys = ("accuracy", "correct", "nats_per_token", "curves", "config")
+        for x in (before, after):  # options that have come since have their defaults
+            x["config"] = yaml.safe_load(x["config"])
+        after["config"] = {key: after["config"].get(key) for key in before["config"]}
         other = [key for key in keys if before[key] != after[key]]
         different += bool(other)
         verdict = f"DIFFERS in {', '.join(other)}" if other else "the same"

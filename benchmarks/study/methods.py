@@ -39,12 +39,24 @@ def _mask(name: str) -> tuple[str, ...]:
 
 
 _PARETO = _sampler("ParetoOptimal", "timesteps.grid=20")
+_COUNTS = _sampler("Stratified") + _mask("FixedCount")
+
+
+def _objective(name: str, **arguments: float) -> tuple[str, ...]:
+    given = (f"objective.{key}={value}" for key, value in arguments.items())
+    return (f"objective._component_=mdm_plugin.objectives.{name}", *given)
+
+
+_CLIPPED = _sampler("Stratified") + _objective("Window", low=0.3, high=0.8)
+_WINDOW = _COUNTS + _objective("Window", low=0.4, high=1.0)
+_WIDENING = _COUNTS + _objective("Widening", low=0.5, high=1.0)
+_MUON = ("optimizer._component_=mdm_plugin.training.Muon", "~optimizer.fused")
 _EMA = ("ema._component_=mdm_plugin.training.EMA", "ema.decay=0.99")
 CAUSAL = ("model.causal=True", *_sampler("Uniform"), *_mask("NextToken"))
 
-METHODS = {
+FIRST = {
     "standard": Method("Standard", "one view", 32, 1, ()),
-    "clipped": Method("Clipped (biased)", "one view", 32, 1, _sampler("Clipped")),
+    "clipped": Method("Clipped: window (.3, .8)", "one view", 32, 1, _CLIPPED),
     "ema": Method("EMA", "one view", 32, 1, _EMA),
     "stratified": Method("Stratified (StraTS)", "one view", 32, 1, _sampler("Stratified")),
     "systematic": Method("Systematic (SyRM)", "one view", 32, 1, _mask("Systematic")),
@@ -74,6 +86,27 @@ METHODS = {
         "autoregressive", "autoregressive", 32, 1, (*CAUSAL, "run_val_every_n_steps=null")
     ),
 }
+# What is minimised, and by which optimizer; with Standard and its like once more, from the same
+# pretrained model as these (the first part's was pretrained on another machine, and is another).
+SECOND = {
+    "standard_2": FIRST["standard"],
+    "count_2": FIRST["count"],
+    "widening": Method("FixedCount, widening (.5, 1)", "one view, window", 32, 1, _WIDENING),
+    "standard_muon": Method("Standard, Muon", "Muon", 32, 1, _MUON),
+    "window_muon": Method(
+        "FixedCount, window (.4, 1), Muon", "Muon, window", 32, 1, _WINDOW + _MUON
+    ),
+    "standard_64_2": FIRST["standard_64"],
+    "window_muon_64": Method(
+        "FixedCount, window (.4, 1), Muon, twice the rows",
+        "Muon, window",
+        64,
+        1,
+        _WINDOW + _MUON,
+    ),
+    "autoregressive_2": FIRST["autoregressive"],
+}
+METHODS = {**FIRST, **SECOND}
 # A family's learning rate is tuned on one of its methods, with a seed that the study does not use.
 TUNED_ON = {
     "one view": "standard",
@@ -82,6 +115,9 @@ TUNED_ON = {
     "twice the rows": "standard_64",
     "two views, counts": "complement_pareto",
     "autoregressive": "autoregressive",
+    "one view, window": "widening",
+    "Muon": "standard_muon",
+    "Muon, window": "window_muon",
 }
 RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 TUNING_SEEDS = (1,)

@@ -1,12 +1,13 @@
 """The study's report, from the stored runs alone: `python -m benchmarks.study.report`.
 
-Writes docs/study.md between its markers, and docs/study_*.png; the same runs give the same bytes.
+Writes docs/study.md and docs/objectives.md between their markers, and docs/study_*.png; the same
+runs give the same bytes.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -15,7 +16,16 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from benchmarks.study.methods import CAUSES, METHODS, RATES, TUNED_ON, TUNING_SEEDS
+from benchmarks.study.methods import (
+    CAUSES,
+    FIRST,
+    METHODS,
+    RATES,
+    SECOND,
+    TUNED_ON,
+    TUNING_SEEDS,
+    Method,
+)
 from benchmarks.study.runs import Run, best_rate, folder, read
 from benchmarks.study.tasks import SETTINGS
 
@@ -98,14 +108,16 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return corrected
 
 
-def table_of_accuracy(runs: dict[tuple[str, str], Runs]) -> list[str]:
+def table_of_accuracy(
+    runs: dict[tuple[str, str], Runs], methods: Mapping[str, Method]
+) -> list[str]:
     """Mean ± standard deviation, worst to best, by task, and the mean over tasks."""
     tasks = list(SETTINGS)
     lines = [
         "| method | forwards | " + " | ".join(tasks) + " | mean | nats per token |",
         "|---|---|" + "---|" * (len(tasks) + 2),
     ]
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         cells, means, nats = [], [], []
         for task in tasks:
             found = runs.get((task, name))
@@ -127,10 +139,12 @@ def table_of_accuracy(runs: dict[tuple[str, str], Runs]) -> list[str]:
     return lines
 
 
-def table_of_differences(runs: dict[tuple[str, str], Runs], baseline: str) -> list[str]:
+def table_of_differences(
+    runs: dict[tuple[str, str], Runs], baseline: str, methods: Mapping[str, Method]
+) -> list[str]:
     """Each method against a baseline of the same number of forwards or rows, over all tasks."""
     rows, p_values = [], {}
-    for name in METHODS:
+    for name in methods:
         if name == baseline:
             continue
         both = [
@@ -208,13 +222,15 @@ def goals(runs: dict[tuple[str, str], Runs]) -> list[str]:
     return lines
 
 
-def table_of_tuning(results: Path) -> list[str]:
+def table_of_tuning(results: Path, methods: Mapping[str, Method]) -> list[str]:
     """Mean validation accuracy by learning rate, of the methods that families were tuned on."""
     lines = [
         "| family (tuned on) | task | " + " | ".join(RATES) + " |",
         "|---|---|" + "---|" * len(RATES),
     ]
     for family, method in TUNED_ON.items():
+        if method not in methods:
+            continue
         for task in SETTINGS:
             cells = []
             for rate in RATES:
@@ -226,7 +242,7 @@ def table_of_tuning(results: Path) -> list[str]:
                 continue
             best = best_rate(results, task, family)
             shown = [
-                f"**{x:.1f}**" if rate == best else f"{x:.1f}"
+                f"**{x:.1f}**" if rate == best else "–" if math.isnan(x) else f"{x:.1f}"
                 for rate, x in zip(RATES, cells, strict=True)
             ]
             lines.append(f"| {family} ({METHODS[method].label}) | {task} | {' | '.join(shown)} |")
@@ -245,7 +261,7 @@ def table_of_variance(results: Path) -> list[str]:
     if not found:
         return []
     lines = ["| method | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-    for name, method in METHODS.items():
+    for name, method in FIRST.items():
         if all(name in x for x in found.values()):
             cells = [
                 f"{x[name]['value']:.2f} ({x[name]['low']:.2f}–{x[name]['high']:.2f}); "
@@ -287,7 +303,7 @@ def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
 def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
     """Accuracies by method; accuracy against variance; validation curves."""
     tasks = [t for t in SETTINGS if any(task == t for task, _ in runs)]
-    names = [m for m in METHODS if any(method == m for _, method in runs)]
+    names = [m for m in FIRST if any(method == m for _, method in runs)]
     accuracy = Figure(figsize=(4.2 * len(tasks), 5.2), layout="constrained")
     for axis, task in zip(_axes(accuracy, len(tasks)), tasks, strict=True):
         for i, name in enumerate(names):
@@ -308,7 +324,7 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
         points = {}
         for name in names:
             base = name.removesuffix("_64")  # twice the rows have half of the variance
-            if (task, name) in runs and base in ratios and name != "clipped":
+            if (task, name) in runs and base in ratios:
                 variance = ratios[base]["value"] * METHODS[base].rows / METHODS[name].rows
                 points[name] = variance, mean(runs[task, name].accuracy)
                 axis.plot(*points[name], "o", color="C1" if name in OURS else "C0")
@@ -341,9 +357,57 @@ def _axes(figure: Figure, count: int) -> list[Any]:
     return list(figure.subplots(1, count, squeeze=False)[0])
 
 
+def spreads(runs: dict[tuple[str, str], Runs]) -> list[str]:
+    """Standard deviations over seeds of what answers 80 % or more, beside the autoregressive's."""
+    lines = [
+        "| task | method | right answers | against the autoregressive model's |",
+        "|---|---|---|---|",
+    ]
+    for task in SETTINGS:
+        if (task, "autoregressive_2") not in runs:
+            continue
+        base = stdev(runs[task, "autoregressive_2"].accuracy)
+        for name, method in SECOND.items():
+            values = runs[task, name].accuracy if (task, name) in runs else []
+            if len(values) > 1 and mean(values) >= 80:
+                times = f"{stdev(values) / base:.1f} ×" if base else "at its ceiling: it has none"
+                found = f"{mean(values):.1f} ± {stdev(values):.1f}"
+                lines.append(f"| {task} | {method.label} | {found} | {times} |")
+    return lines
+
+
+def objective_sections(results: Path) -> str:
+    """The generated part of docs/objectives.md."""
+    runs = {key: x for key, x in load(results).items() if key[1] in SECOND}
+    total = sum(len(x.by_seed) for x in runs.values())
+    seconds = sum(x["seconds"] for r in runs.values() for x in r.by_seed.values())
+    parts = [f"{total} runs are stored, {seconds / 3600:.1f} hours of one core."]
+    for title, *tables in (
+        (
+            "**Right answers**, % of 500 test rows, as in docs/study.md.",
+            table_of_accuracy(runs, SECOND),
+        ),
+        (
+            "**Differences**, mean over tasks; intervals and tests as in docs/study.md.",
+            table_of_differences(runs, "standard_2", SECOND),
+            table_of_differences(runs, "standard_64_2", SECOND),
+            table_of_differences(runs, "standard_muon", SECOND),
+        ),
+        ("**Spread over seeds**, where 80 % or more are right.", spreads(runs)),
+        (
+            "**Learning rates**: right answers on 300 validation rows, with a seed that the study "
+            "does not use; bold is what the family uses.",
+            table_of_tuning(results, SECOND),
+        ),
+    ):
+        filled = ["\n".join(table) for table in tables if len(table) > 2]
+        parts += [title, *filled] if filled else []
+    return "\n\n".join(parts)
+
+
 def sections(results: Path) -> str:
     """The generated part of docs/study.md."""
-    runs = load(results)
+    runs = {key: x for key, x in load(results).items() if key[1] not in SECOND}
     if not runs:
         tuned = len(list((results / "tuning").rglob("*.json")))
         return f"No run is stored yet (of the tuning of learning rates: {tuned})."
@@ -355,15 +419,15 @@ def sections(results: Path) -> str:
             "**Right answers**, % of 500 test rows, greedy: mean ± standard deviation over seeds "
             "(from the worst to the best); forwards in a step; nats per token of the test answers, "
             "by task (a bound; exact for the autoregressive model).",
-            table_of_accuracy(runs),
+            table_of_accuracy(runs, FIRST),
         ),
         ("**Claims.**", goals(runs)),
         (
             "**Differences**, mean over tasks; ± half of a 95 % interval (bootstrap over seeds and "
             "rows); p of the exact sign-flip test over pairs of runs, of the same task and seed; "
             "and corrected by Holm.",
-            table_of_differences(runs, "standard"),
-            table_of_differences(runs, "standard_64"),
+            table_of_differences(runs, "standard", FIRST),
+            table_of_differences(runs, "standard_64", FIRST),
         ),
         (
             "**Why**: one thing changed at a time (mean ± standard deviation over seeds; 95 % "
@@ -378,7 +442,7 @@ def sections(results: Path) -> str:
         (
             "**Learning rates**: right answers on 300 validation rows, with a seed that the study "
             "does not use; bold is what the family uses.",
-            table_of_tuning(results),
+            table_of_tuning(results, FIRST),
         ),
     ):
         filled = ["\n".join(table) for table in tables if len(table) > 2]
@@ -388,16 +452,16 @@ def sections(results: Path) -> str:
 
 
 def write(results: Path) -> None:
-    """Put the tables into docs/study.md, between its markers, and draw the figures."""
-    page = DOCS / "study.md"
-    text = page.read_text()
-    before, rest = text.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    page.write_text(f"{before}{MARKERS[0]}\n\n{sections(results)}\n\n{MARKERS[1]}{after}")
+    """Put the tables into both pages, between their markers, and draw the figures."""
+    for name, made in (("study", sections), ("objectives", objective_sections)):
+        page = DOCS / f"{name}.md"
+        before, rest = page.read_text().split(MARKERS[0])
+        _, after = rest.split(MARKERS[1])
+        page.write_text(f"{before}{MARKERS[0]}\n\n{made(results)}\n\n{MARKERS[1]}{after}")
+        print(f"Written to {page}")
     runs = load(results)
     for name, figure in draw(runs, results).items() if runs else ():
         figure.savefig(DOCS / f"{name}.png", dpi=110, metadata={"Software": None})
-    print(f"Written to {page}")
 
 
 if __name__ == "__main__":

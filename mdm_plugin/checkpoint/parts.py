@@ -80,7 +80,10 @@ class OptimizerState(Stateful):
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, self.optimizer)
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer)
+        for group in state["param_groups"]:
+            group.pop("param_names", None)  # no state: "params" has the names already
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         set_optimizer_state_dict(self.model, self.optimizer, state_dict)

@@ -41,9 +41,9 @@ def save_weights(
 
     ``instead``: tensors to write for the parameters of their names.
 
-    Gives rank 0 what writes one file after another, and the others as many times nothing to do: if
-    each is called before the next is asked for, rank 0 never holds more than the largest file. With
-    ``copy``, none refers to the model's own memory, and all may be called later.
+    Gives one function per file. On rank 0 it writes the file; on the other ranks it does nothing,
+    but each rank gets as many. Call each before you ask for the next: then rank 0 never holds more
+    than the largest file. With ``copy``, none refers to the model's memory: call them at any time.
     """
     adapters = adapter_names(model)
     values = {**named_parameters(model), **(instead or {})}

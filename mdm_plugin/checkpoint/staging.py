@@ -82,9 +82,10 @@ def without_notice_of_one_process() -> Iterator[None]:
 
 
 class Attempts:
-    """Calls until the first that fails; its error is kept, for ranks to agree before they stop.
+    """Calls functions, and keeps the first error until all ranks can stop together.
 
-    Without it, one rank would stop, and the others wait for it in their next collective.
+    After an error, only what all ranks do together is still called. If a rank stopped at once, the
+    others would wait for it in their next collective.
     """
 
     def __init__(self, here: bool) -> None:

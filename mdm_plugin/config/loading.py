@@ -162,11 +162,14 @@ def _read(argument: str, raw: dict[str, Any], options: type) -> DictConfig:
     key, found, value = argument.partition("=")
     if not (key and found):
         raise UserError("write overrides as key=value")
-    if get_type_hints(options).get(key) in (str, str | None):
+    hint = get_type_hints(options).get(key)
+    if hint in (str, str | None):
         if any(field.name == key and "verbatim" in field.metadata for field in fields(options)):
             value = _literal(_literal(value))  # twice, as it will be resolved twice
         return OmegaConf.create({key: None if value in ("", "null", "None") else value})
     component = isinstance(raw.get(key), dict) and "_component_" in raw[key]
+    if raw.get(key) is None and hint in (dict[str, Any], dict[str, Any] | None):
+        component = not value.startswith("{") and value not in ("", "null", "None")
     place = f"{key}._component_" if component else key
     return OmegaConf.from_dotlist([f"{place}={'null' if value == 'None' else value}"])
 

@@ -118,8 +118,8 @@ def instruct_dataset(
 
     Args:
         column_map: names of the columns "input" and "output" where they differ.
-        tokenizer, source, data_files, split, new_system_prompt, train_on_input, on_bad_row,
-            max_bad_rows, bad_rows_file, load_dataset_kwargs: as in ``chat_dataset``.
+
+    The other arguments are those of ``chat_dataset``.
 
     Raises:
         UserError: as ``chat_dataset``.
@@ -166,8 +166,8 @@ def text_dataset(
         packed: join the documents, an EOS after each, and cut them into rows of
             ``tokenizer.max_seq_len`` tokens, as LLaDA's pretraining does: no token is lost or
             padded but in the last row, and documents of a row attend to each other.
-        tokenizer, source, data_files, split, on_bad_row, max_bad_rows, bad_rows_file,
-            load_dataset_kwargs: as in ``chat_dataset``.
+
+    The other arguments are those of ``chat_dataset``.
 
     Raises:
         UserError: as ``chat_dataset``; if ``packed`` and the tokenizer has no ``max_seq_len``.

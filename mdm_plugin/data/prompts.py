@@ -11,11 +11,16 @@ from mdm_plugin.models.tokenizer import ChatTokenizer
 
 
 class Prompt(NamedTuple):
-    """place: file and line. row: what the output line begins with. ids: of the rendered prompt."""
+    """A prompt, tokenised.
+
+    place: file and line. row: what the output line begins with. ids: of the rendered prompt.
+    text: its turns for a reader, without the template; of ``read_prompts`` alone.
+    """
 
     place: str
     row: dict[str, Any]
     ids: list[int]
+    text: str = ""
 
 
 def read_prompts(
@@ -51,10 +56,11 @@ def read_prompts(
             row = {"prompt": row}
         if not isinstance(row, Mapping):
             raise UserError(f"{place}: a row is an object with prompt or messages")
-        ids = _ids(tokenizer, row, place, system_prompt, chat)
+        turns = _turns(row, place, system_prompt, chat)
+        ids = tokenizer.encode(turns) if isinstance(turns, str) else tokenizer.prompt(turns)
         if tokenizer.mask_id in ids:
             raise UserError(f"{place}: the prompt holds the mask token itself")
-        found.append(Prompt(place, dict(row), ids))
+        found.append(Prompt(place, dict(row), ids, _shown(turns)))
     if not found:
         raise UserError(f"prompts: {prompts} has no prompts")
     return found
@@ -79,19 +85,16 @@ def _read(prompts: str) -> Iterator[tuple[str, Any]]:
             yield f"{name}:{number}", line
 
 
-def _ids(
-    tokenizer: ChatTokenizer,
-    row: Mapping[str, Any],
-    place: str,
-    system_prompt: str | None,
-    chat: bool,
-) -> list[int]:
+def _turns(
+    row: Mapping[str, Any], place: str, system_prompt: str | None, chat: bool
+) -> list[Mapping[str, str]] | str:
+    """The turns that the model answers, or a text that it goes on from."""
     messages, text = row.get("messages"), row.get("prompt")
     if messages is None:
         if not isinstance(text, str) or not text:
             raise UserError(f"{place}: no text in 'prompt', and no 'messages'")
         if not chat:
-            return tokenizer.encode(text)
+            return text
         messages = [{"role": "user", "content": text}]
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
@@ -103,4 +106,13 @@ def _ids(
         for x in turns
     ):
         raise UserError(f'{place}: messages is not a list of {{"role", "content"}} turns')
-    return tokenizer.prompt(turns)
+    return turns
+
+
+def _shown(turns: list[Mapping[str, str]] | str) -> str:
+    """For a reader: who says what, where more than one turn is there."""
+    if isinstance(turns, str):
+        return turns
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

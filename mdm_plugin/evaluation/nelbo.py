@@ -184,7 +184,7 @@ class BoundEstimator:
 
     def _forward(self, model: nn.Module, drawn: _Draws) -> Tensor:
         """CE of each masked token of a response, else 0. [U, N], fp64."""
-        loss = MDMLoss("response", "ones", self.chunk_size)
+        loss = MDMLoss("response", self.chunk_size)
         device = self.world.device
         ce = torch.zeros(drawn.masks.shape, dtype=torch.float64)
         for part in torch.arange(len(ce)).split(self.batch_size):

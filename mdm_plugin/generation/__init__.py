@@ -1,4 +1,4 @@
-"""Writing text: samplers, decoding, caches, and the view of a text that is being unmasked.
+"""Writing text: samplers, decoding, caches; a text that is being unmasked, live and as a page.
 
 May import: errors, noise, models.
 """
@@ -15,7 +15,7 @@ from mdm_plugin.generation.samplers import (
     Stable,
     Threshold,
 )
-from mdm_plugin.generation.writing import Generated, generate, infill
+from mdm_plugin.generation.writing import Generated, Step, generate, infill
 
 __all__ = [
     "ORDERS",
@@ -27,6 +27,7 @@ __all__ = [
     "Sampler",
     "SpecialTokens",
     "Stable",
+    "Step",
     "Threshold",
     "TokenIds",
     "generate",

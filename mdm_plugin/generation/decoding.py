@@ -16,7 +16,7 @@ class Decoding:
         steps: number of steps, for samplers that take a number; None for one position a step.
         block_length: the response is written block by block, left to right; None for one block.
         sampler: which predictions stay at each step.
-        temperature: 0 takes the likeliest token; else tokens are drawn, by Gumbel noise in fp64.
+        temperature: 0 takes the likeliest token; else tokens are drawn, each by one number of fp64.
         top_p, top_k: draw from the likeliest tokens only, to a total probability or a number.
         cfg_scale: w of classifier-free guidance: (w + 1) · logits − w · logits without the prompt.
         eos_last: EOS is chosen where nothing else can be (LLaDA's confidence_eos_eot_inf).

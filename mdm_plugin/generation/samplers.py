@@ -36,6 +36,11 @@ class Candidates(NamedTuple):
 
 
 class Sampler(Protocol):
+    """Which of a block's masked positions are written next.
+
+    ``needs_steps``: it goes by ``Decoding``'s steps. Another writes as many as it is sure of.
+    """
+
     needs_steps: bool
 
     def __call__(self, step: Candidates, late: Tensor) -> Tensor: ...
@@ -70,6 +75,7 @@ def margin(x: Candidates) -> Tensor:
 ORDERS: dict[str, Callable[[Candidates], Tensor]] = {
     f.__name__: f for f in (low_confidence, random, maskgit_plus, entropy, margin)
 }
+"""Name → how sure the model is of each position; the surest are written first."""
 
 
 def _order(name: str) -> Callable[[Candidates], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mdm_plugin.generation.caches import LayerCaches
 from mdm_plugin.generation.decoding import Decoding
 from mdm_plugin.generation.masked import MaskedRows, SpecialTokens
-from mdm_plugin.generation.samplers import Candidates
+from mdm_plugin.generation.samplers import Candidates, low_confidence
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 
@@ -25,6 +25,21 @@ class Generated(NamedTuple):
     forwards: int
 
 
+class Step(NamedTuple):
+    """What a step has done to B responses of n tokens.
+
+    response: [B, n], long, as they are now; the mask token where nothing is written.
+    put: [B, n], bool, where the sampler has put the token that is there in this step. Those that
+        a first EOS has written after it are not put.
+    confidence: [B, n], fp32, the model's probability of what was put (guided, where it is, and
+        before temperature, top-p and top-k); 0 elsewhere.
+    """
+
+    response: Tensor
+    put: Tensor
+    confidence: Tensor
+
+
 @torch.no_grad()
 def generate(
     model: MDMTransformer,
@@ -34,7 +49,7 @@ def generate(
     special: SpecialTokens,
     max_new_tokens: int,
     seeds: Sequence[int] | None = None,
-    on_step: Callable[[Tensor], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Generated:
     """The model's responses to prompts of any lengths, each the same as it would be alone.
 
@@ -47,7 +62,7 @@ def generate(
             fewer.
         max_new_tokens: length of every response.
         seeds: one per prompt, of its noise; None for 0, 1, ….
-        on_step: called after each step with the responses as they are, [B, max_new_tokens].
+        on_step: called after each step with what it has done.
 
     Raises:
         ValueError: on an empty prompt or one with the mask token in it, on rows longer than the
@@ -103,7 +118,7 @@ def _write(
     rows: MaskedRows,
     decoding: Decoding,
     seeds: Sequence[int] | None,
-    on_step: Callable[[Tensor], None] | None,
+    on_step: Callable[[Step], None] | None,
 ) -> Generated:
     """Fill the rows' places, block by block."""
     count, n = rows.places.shape
@@ -124,30 +139,38 @@ def _write(
                 fresh = index % (decoding.refresh_every or n + 1) == 0
                 logits = rows.logits(block, decoding, caches, fresh)
                 forwards += 2 if decoding.cfg_scale else 1
-                uniform, gumbel = _noise(seeds, start, index, logits, decoding.temperature)
+                uniform, drawn = _noise(seeds, start, index, logits)
                 tempered = logits / decoding.temperature if decoding.temperature else logits
                 drawn_from = _likeliest(tempered, decoding.top_p, decoding.top_k)
-                noisy = drawn_from if gumbel is None else drawn_from.double() + gumbel
-                prediction = noisy.argmax(-1)
-                p = logits.softmax(-1)
-                chosen = decoding.sampler(
-                    Candidates(
-                        index,
-                        steps,
-                        masked,
-                        first,
-                        prediction,
-                        p,
-                        p if drawn_from is logits else drawn_from.softmax(-1),
-                        uniform,
-                    ),
-                    prediction == late,
+                prediction = (
+                    _drawn(drawn_from, drawn) if decoding.temperature else drawn_from.argmax(-1)
                 )
-                rows.put(chosen & masked, prediction, block)
+                p = logits.softmax(-1)
+                candidates = Candidates(
+                    index,
+                    steps,
+                    masked,
+                    first,
+                    prediction,
+                    p,
+                    p if drawn_from is logits else drawn_from.softmax(-1),
+                    uniform,
+                )
+                chosen = decoding.sampler(candidates, prediction == late) & masked
+                rows.put(chosen, prediction, block)
                 index += 1
                 if on_step:
-                    on_step(rows.response())
+                    on_step(_step(rows.response(), block, chosen, candidates))
     return Generated(rows.response(), forwards)
+
+
+def _step(response: Tensor, block: slice, chosen: Tensor, candidates: Candidates) -> Step:
+    """The step that has put the ``chosen`` [B, block] of a block's candidates."""
+    put = torch.zeros_like(response, dtype=torch.bool)
+    put[:, block] = chosen & (response[:, block] == candidates.prediction)
+    confidence = torch.zeros_like(response, dtype=torch.float32)
+    confidence[:, block] = torch.where(put[:, block], low_confidence(candidates), 0)
+    return Step(response, put, confidence)
 
 
 def _likeliest(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
@@ -164,17 +187,33 @@ def _likeliest(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor
     return logits
 
 
-def _noise(
-    seeds: Sequence[int], start: int, index: int, logits: Tensor, temperature: float
-) -> tuple[Tensor, Tensor | None]:
-    """U(0, 1) numbers [B, n] and, at a temperature, Gumbel noise [B, n, V], fp64; rows' own."""
-    _, n, vocabulary = logits.shape
-    uniform, gumbel = [], []
-    for seed in seeds:
-        generator = keyed_generator(seed, "generate", start, index)
-        uniform.append(torch.rand(n, generator=generator, dtype=torch.float64))
-        if temperature:
-            u = torch.rand(n, vocabulary, generator=generator, dtype=torch.float64)
-            gumbel.append(-(-u.clamp(min=1e-300).log()).log())
-    noise = torch.stack(gumbel).to(logits.device) if temperature else None
-    return torch.stack(uniform).to(logits.device), noise
+def _noise(seeds: Sequence[int], start: int, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """U(0, 1) numbers for the sampler, and to draw tokens by. [B, n] each, fp64; rows' own."""
+    n = logits.shape[1]
+    numbers = torch.stack(
+        [
+            torch.rand(
+                2, n, generator=keyed_generator(seed, "generate", start, index), dtype=torch.float64
+            )
+            for seed in seeds
+        ],
+        1,
+    )
+    first, second = numbers.to(logits.device)
+    return first, second
+
+
+def _drawn(logits: Tensor, u: Tensor) -> Tensor:
+    """Tokens [B, n] of the distributions of ``logits`` [B, n, V]: the u-quantile of each.
+
+    One number for each token, where Gumbel noise takes V of them, drawn on the CPU. The sums are in
+    fp64, row by row: in fp32 a tail of 150,000 tokens would be off by its rounding.
+    """
+    tokens = []
+    for row, at in zip(logits, u, strict=True):
+        reached = row.double().softmax(-1).cumsum(-1)
+        goal = (at[:, None] * reached[:, -1:]).clamp(
+            max=reached[:, -1:].nextafter(reached.new_zeros(()))
+        )
+        tokens.append(torch.searchsorted(reached, goal, right=True).squeeze(-1))
+    return torch.stack(tokens)

@@ -103,3 +103,4 @@ def lora_dream_7b(
 
 
 qlora_dream_7b = partial(lora_dream_7b, quantize_base=True)
+"""``lora_dream_7b`` on an NF4 base."""

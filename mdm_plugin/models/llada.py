@@ -119,3 +119,4 @@ def lora_llada_8b(
 
 
 qlora_llada_8b = partial(lora_llada_8b, quantize_base=True)
+"""``lora_llada_8b`` on an NF4 base."""

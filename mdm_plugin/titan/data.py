@@ -18,7 +18,7 @@ from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.titan.loss import MaskedLoss
-from mdm_plugin.training.checks import as_estimator, check_estimator, derived
+from mdm_plugin.training.checks import as_estimator, as_objective, check_estimator, derived
 from mdm_plugin.training.step import corrupted_step, global_normalizer
 
 
@@ -72,6 +72,8 @@ class MaskedLoader(BaseDataLoader):
         """The sampler of t, likewise."""
         masking: str = "mdm_plugin.masking.FixedCount"
         """The sampler of masks, likewise."""
+        objective: str = "mdm_plugin.objectives.ELBO"
+        """Which t are to count how much, likewise."""
         train_eos_padding: bool = True
         """LLaDA: EOS fills the rows of a global batch and is learnt; else filling is ignored."""
         shuffle: bool = True
@@ -84,21 +86,24 @@ class MaskedLoader(BaseDataLoader):
         self.batch_size = given["local_batch_size"]
         self.timesteps = read_sampler(config)
         self.masking = component(config.masking, "dataloader.masking")
+        key = "dataloader.objective"
+        self.objective = as_objective(component(config.objective, key), key)
         path = given["tokenizer"].tokenizer_path
         self.tokenizer = ChatTokenizer(path, max_seq_len=self.length)
         self.rows = open_rows("dataloader", config, self.tokenizer)
 
-    def begin(self, loss: MaskedLoss, world: World, accumulation: int) -> None:
-        """What the trainer knows, before the first batch: the loss, the ranks, and how many
-        micro-batches each of them has in a step.
+    def begin(self, loss: MaskedLoss, world: World, accumulation: int, steps: int) -> None:
+        """What the trainer knows, before the first batch: the loss, the ranks, how many
+        micro-batches each of them has in a step, and how many steps there are.
 
         Raises:
             UserError: if the parts of the estimator do not go together.
         """
-        self.loss, self.world = loss, world
+        self.loss, self.world, self.steps = loss, world, steps
         self.estimator = as_estimator(
             self.timesteps, self.masking, loss.mdm, self.tokenizer.mask_id, "dataloader."
         )
+        self.aim(self.step)
         check_estimator(self.estimator, causal=False, where="dataloader.")
         self.batches = GlobalBatches(
             self.rows,
@@ -117,6 +122,7 @@ class MaskedLoader(BaseDataLoader):
         normaliser too; and labels [B, L], which torchtitan counts."""
         while True:
             step, self.step = self.step, self.step + 1
+            self.aim(step)
             self.drawn = corrupted_step(self.batches, step, self.estimator)
             self.loss.normalizer = global_normalizer(self.drawn, self.world)
             for batch in self.drawn:
@@ -130,6 +136,11 @@ class MaskedLoader(BaseDataLoader):
                 packed = torch.stack([x.double() for x in columns], 1)
                 inputs = {"input": tokens, "positions": positions, "targets": packed}
                 yield inputs, labels.view_as(tokens)
+
+    def aim(self, step: int) -> None:
+        """Have the estimator estimate what is minimised at ``step``."""
+        w = self.objective(min(1.0, step / max(1, self.steps - 1)))
+        self.estimator = self.estimator._replace(w=w)
 
     def figures(self) -> dict[str, float]:
         """Of the step last drawn, over all ranks; called on every rank."""

@@ -25,13 +25,12 @@ class MaskedLoss(ChunkedLossWrapper):
     @dataclass(kw_only=True, slots=True)
     class Config(ChunkedLossWrapper.Config):
         normalize: Literal["response", "tokens", "masked"] = "response"
-        weight: Literal["inverse_p", "ones"] = "inverse_p"
         chunk_size: int = 1024
         """Masked positions per pass of the LM head."""
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         self.lm_head: nn.Module | None = None
-        self.mdm = MDMLoss(config.normalize, config.weight, config.chunk_size)
+        self.mdm = MDMLoss(config.normalize, config.chunk_size)
         if compile_config and compile_config.enable and "loss" in compile_config.components:
             self.mdm.compile_chunks(compile_config.backend)
         self.tensor_parallel: ProcessGroup | None = None

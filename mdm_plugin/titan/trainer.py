@@ -16,14 +16,16 @@ from torchtitan.trainer import Trainer
 
 from mdm_plugin.checkpoint.parts import as_json, check_parts, check_states, kind
 from mdm_plugin.contract import ProbePlan
+from mdm_plugin.density import uniform_density
 from mdm_plugin.distributed.world import World, end_groups_at_exit
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation import BoundEstimator
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.titan.data import MaskedLoader, at_length, open_rows, read_sampler
 from mdm_plugin.titan.loss import MaskedLoss
+from mdm_plugin.training.hidden import row_norms, token_norms
 from mdm_plugin.training.probe import fit, fit_line, probe, probe_due, write_fit
-from mdm_plugin.training.step import learn, row_losses
+from mdm_plugin.training.step import learn, row_losses, wants_norms
 
 
 class Denoiser(nn.Module):
@@ -32,6 +34,11 @@ class Denoiser(nn.Module):
     def __init__(self, model: nn.Module, loss: MaskedLoss, length: int) -> None:
         super().__init__()
         self.model, self.loss, self.length = model, loss, length
+
+    @property
+    def tok_embeddings(self) -> nn.Module:
+        """The model's."""
+        return self.model.get_submodule("tok_embeddings")
 
     def forward(self, tokens: Tensor, *, mask: Any, positions: Tensor, head: Any, **_: Any) -> Any:
         """As ``MDMTransformer.forward`` with ``positions`` and ``head``."""
@@ -100,7 +107,7 @@ class MDMTrainer(Trainer):
         group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
         self.world = World(loader.rank, loader.ranks, self.device, None, group, averages=False)
         micro_batches = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
-        loader.begin(self.loss_fn, self.world, micro_batches)
+        loader.begin(self.loss_fn, self.world, micro_batches, config.training.steps)
         check_states({"dataloader.timesteps": loader.timesteps})
         model: Any = self.model_config
         size = self.loss_fn.vocab_size = model.vocab_size
@@ -123,16 +130,24 @@ class MDMTrainer(Trainer):
     def train_step(self, data_iterator: Any) -> None:
         """torchtitan's, after a probe where one is due, and before what the sampler learns."""
         loader, loss, step = self.dataloader, self.loss_fn, self.step - 1
-        if plan := probe_due(loader.timesteps, step):
+        loader.aim(step)
+        if plan := probe_due(loader.estimator, step):
             self.fit_timesteps(plan, step)
         loss.kept = [] if loader.timesteps.learns else None
-        super().train_step(data_iterator)
-        if loss.kept is not None:
-            losses = [
-                (batch.t, row_losses(batch, ce))
-                for batch, ce in zip(loader.drawn, loss.kept, strict=True)
+        if wants_norms(loader.timesteps):
+            with token_norms(self.model_parts[0]) as norms:
+                super().train_step(data_iterator)
+            shown = [
+                (x.t, row_norms(x, norm, loss.normalizer))
+                for x, norm in zip(loader.drawn, norms, strict=True)
             ]
-            learn(loader.timesteps, losses, self.world)
+        else:
+            super().train_step(data_iterator)
+            shown = [
+                (x.t, row_losses(x, ce))
+                for x, ce in zip(loader.drawn, loss.kept or [], strict=loss.kept is not None)
+            ]
+        learn(loader.timesteps, shown, self.world)
         if self.metrics_processor.should_log(self.step):
             self.metrics_processor.logger.log(loader.figures(), self.step)
 
@@ -148,7 +163,7 @@ class MDMTrainer(Trainer):
             step,
             norm=lambda model: dist_utils.clip_grad_norm_(list(model.parameters()), math.inf),
         )
-        report = fit(loader.timesteps, plan, measured, self.world)
+        report = fit(loader.estimator, plan, measured, self.world)
         if torch.distributed.get_rank() == 0:
             write_fit(report, Path(self.config.dump_folder) / f"timesteps_step_{step}.json")
         logger.info(f"step {step}: {fit_line(report)}")
@@ -188,7 +203,7 @@ def refusal(config: Any) -> str | None:
         return "validator.enable: no rank of a pipeline has the whole model, to validate it"
     if pipelined:
         sampler = read_sampler(config.dataloader)
-        if sampler.probe_plan() or sampler.learns:
+        if sampler.probe_plan(uniform_density()) or sampler.learns:
             return (
                 "dataloader.timesteps: no rank of a pipeline has the whole model to probe, nor the "
                 "losses to learn from: use a sampler that needs neither"

@@ -6,6 +6,7 @@ May import: errors, config, the maths, models, data, distributed, checkpoint.
 from mdm_plugin.checkpoint.checkpointer import Checkpointer
 from mdm_plugin.training.ema import EMA
 from mdm_plugin.training.metrics import TensorBoardLogger
+from mdm_plugin.training.optimizers import Muon
 from mdm_plugin.training.schedules import (
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
@@ -14,6 +15,7 @@ from mdm_plugin.training.schedules import (
 __all__ = [
     "EMA",
     "Checkpointer",
+    "Muon",
     "TensorBoardLogger",
     "get_cosine_schedule_with_warmup",
     "get_linear_schedule_with_warmup",

@@ -9,15 +9,17 @@ from omegaconf import DictConfig
 
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.config.components import instantiate
-from mdm_plugin.contract import Estimator, Masking, TimestepSampler
+from mdm_plugin.contract import Estimator, Masking, Objective, TimestepSampler
 from mdm_plugin.data.rows import Rows
+from mdm_plugin.density import Density, uniform_density
 from mdm_plugin.distributed.parameters import adapter_names
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.models.transformer import HalvesRotary
-from mdm_plugin.training.precision import check_precision
+from mdm_plugin.objectives import ELBO
+from mdm_plugin.training.precision import FLOAT8_CAPABILITY, check_precision
 
 T = TypeVar("T")
 
@@ -98,6 +100,10 @@ def _check_options(cfg: DictConfig) -> None:
 
 
 def _check_device(cfg: DictConfig, device: torch.device) -> None:
+    if cfg.fsdp_cpu_offload and device.type != "cuda":
+        raise UserError(
+            f"fsdp_cpu_offload: works on CUDA only, and the device is {device}: leave it out"
+        )
     if cfg.enable_activation_offloading and device.type != "cuda":
         raise UserError(
             f"enable_activation_offloading: works on CUDA only, and the device is {device}"
@@ -107,7 +113,7 @@ def _check_device(cfg: DictConfig, device: torch.device) -> None:
             "enable_activation_offloading: needs enable_activation_checkpointing: True as well"
         )
     if cfg.enable_fp8_training and (
-        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
+        device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY
     ):
         raise UserError(
             f"enable_fp8_training: {device} has no float8 products: it takes a CUDA device "
@@ -132,13 +138,42 @@ def _accumulation(cfg: DictConfig, world: World) -> int:
 
 
 def read_estimator(cfg: DictConfig, mask_id: int) -> Estimator:
-    """The estimator that ``cfg``'s timesteps, masking and loss make up.
+    """The estimator that ``cfg``'s timesteps, masking and loss make up, at the ELBO.
 
     Raises:
         UserError: if a part is not what ``mdm_plugin.contract`` says.
     """
     timesteps, masking = instantiate(cfg, "timesteps"), instantiate(cfg, "masking")
     return as_estimator(timesteps, masking, instantiate(cfg, "loss"), mask_id)
+
+
+def read_objective(cfg: DictConfig) -> Objective:
+    """The objective that ``cfg`` names, or the ELBO.
+
+    Raises:
+        UserError: if it is not what ``mdm_plugin.contract`` says.
+    """
+    return as_objective(instantiate(cfg, "objective"), "objective")
+
+
+def as_objective(given: object, key: str) -> Objective:
+    """An objective that a user may have written, None for the ELBO; looked at through training.
+
+    Raises:
+        UserError: if it is none, or what it gives is no density.
+    """
+    objective = derived(key, ELBO() if given is None else given, Objective)
+    name = type(objective).__name__
+    for progress in (0.0, 0.5, 1.0):
+        try:
+            w = objective(progress)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{key}: {name} at {progress:.0%} of training: {error}") from error
+        if not isinstance(w, Density):
+            raise UserError(
+                f"{key}: {name} gives a {type(w).__name__}: return a mdm_plugin.density.Density"
+            )
+    return objective
 
 
 def as_estimator(
@@ -172,7 +207,7 @@ def derived(key: str, part: object, wanted: type[T]) -> T:
 def _check_written(timesteps: TimestepSampler, masking: Masking, where: str) -> None:
     """Check that a class has written the methods that go with what it declares."""
     own, base, mask = type(timesteps), TimestepSampler, type(masking)
-    probed, learns = timesteps.probe_plan() is not None, timesteps.learns
+    probed, learns = timesteps.probe_plan(uniform_density()) is not None, timesteps.learns
     for key, kind, written, wanted, reason in (
         ("timesteps", own, own.__call__ is not base.__call__, True, "__call__ gives the times"),
         ("timesteps", own, own.fit is not base.fit, probed, "fit goes with probe_plan"),
@@ -182,6 +217,11 @@ def _check_written(timesteps: TimestepSampler, masking: Masking, where: str) -> 
         if written != wanted:
             without = "is not written" if wanted else "is written without it"
             raise UserError(f"{where}{key}: {kind.__name__}: {reason}: it {without}")
+    if timesteps.learns_from not in ("loss", "gradient"):
+        raise UserError(
+            f"{where}timesteps: {own.__name__}: learns_from is {timesteps.learns_from!r}: say loss "
+            "or gradient"
+        )
 
 
 def check_estimator(estimator: Estimator, causal: bool, where: str = "") -> None:
@@ -195,7 +235,7 @@ def check_estimator(estimator: Estimator, causal: bool, where: str = "") -> None
     Raises:
         UserError: with the reason.
     """
-    timesteps, masking, loss, _ = estimator
+    timesteps, masking, loss, _, w = estimator
     sampler, mask = type(timesteps).__name__, type(masking).__name__
     if timesteps.weighted and loss.normalize == "masked":
         raise UserError(
@@ -203,24 +243,15 @@ def check_estimator(estimator: Estimator, causal: bool, where: str = "") -> None
             "would count each t as often as it is drawn, and undo the weights: use response or "
             "tokens"
         )
-    if timesteps.weighted and loss.weight == "ones":
-        raise UserError(
-            f"{where}timesteps: {sampler} with loss.weight ones: its density is the best one for "
-            "losses weighted by 1/p: use inverse_p"
-        )
-    if masking.by_count and not timesteps.unbiased:
-        raise UserError(
-            f"{where}timesteps: {sampler} with {mask}: without some t, it leaves out counts, "
-            "and which ones depends on each row's length: use Bernoulli masks, or Uniform or "
-            "Stratified t"
-        )
     if causal != masking.causal:
         raise UserError(
             f"{where}masking: {mask} with a {'causal' if causal else 'bidirectional'} model: "
             "NextToken goes with model.causal: True, every other masking without it"
         )
-    if not masking.uses_t and (timesteps.weighted or not timesteps.unbiased):
-        raise UserError(f"{where}timesteps: {mask} uses no t: set it to timesteps.Uniform")
+    if not masking.uses_t and (timesteps.weighted or not w.is_uniform):
+        raise UserError(
+            f"{where}timesteps: {mask} uses no t: set it to timesteps.Uniform, and no objective"
+        )
 
 
 def is_causal(model: MDMTransformer) -> bool:

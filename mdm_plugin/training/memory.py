@@ -19,7 +19,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
-from mdm_plugin.distributed.parameters import adapter_names
+from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.training.step import Corrupted, corrupt, forward_loss
 
@@ -35,6 +35,8 @@ class Memory(NamedTuple):
     activations: at the peak of forward and backward, without the logits.
     logits: of one chunk of the head, in fp32, and in the head's dtype if that is another.
     peak: the largest of forward and backward, and of the optimizer's step.
+    host: in CPU memory, under ``fsdp_cpu_offload``: what rests, and the optimizer's step; then
+        ``peak`` is without them.
     """
 
     parameters: float
@@ -44,6 +46,7 @@ class Memory(NamedTuple):
     activations: float
     logits: float
     peak: float
+    host: float
 
 
 class Job(NamedTuple):
@@ -108,13 +111,18 @@ def memory(cfg: DictConfig, job: Job) -> Memory:
     vocabulary = model.tok_embeddings.num_embeddings
     size = trained[0].element_size()
     logits = masked * vocabulary * (4 if size == 4 else size + 4)
-    gathered = _gathered(model) if job.gathers else 0
+    gathers = job.gathers or cfg.fsdp_cpu_offload
+    gathered = _gathered(model, cfg.fsdp_reshard_after_forward) if gathers else 0
     backward = max(step.passing, step.late + wider * step.late_gradients / shards)
     if cfg.optimizer_in_bwd:
         backward = step.passing
     elif job.accumulation > 1:  # the gradient of the micro-batches before is there all the time
         backward = step.passing + gradients / shards
     stepping = (gradients + step.stepping) / shards
+    resting, host = (parameters + step.state) / shards, 0.0
+    peak = resting + max(gathered + backward, stepping)
+    if cfg.fsdp_cpu_offload:  # gradients go there as they come, and are stepped with there
+        peak, host = gathered + step.passing, resting + stepping
     return Memory(
         parameters / shards,
         gradients / shards,
@@ -122,7 +130,8 @@ def memory(cfg: DictConfig, job: Job) -> Memory:
         gathered,
         max(0, step.passing - logits),
         logits,
-        (parameters + step.state) / shards + max(gathered + backward, stepping),
+        peak,
+        host,
     )
 
 
@@ -159,7 +168,11 @@ def _step(cfg: DictConfig, job: Job, noisy: Corrupted) -> StepBytes:
     for hook in hooks:
         hook.remove()
     with mode:
-        masters = [nn.Parameter(torch.empty_like(p, dtype=job.masters)) for p in trained]
+        masters = {
+            name: nn.Parameter(torch.empty_like(p, dtype=job.masters))
+            for name, p in named_parameters(model).items()
+            if p.requires_grad
+        }
         state, stepping = _optimizer_bytes(cfg, masters)
     passing = sum(dropped.values()) - dropped["PARAM"]
     return StepBytes(passing, late, gradients, state, stepping)
@@ -199,9 +212,9 @@ def _peak(tracker: MemTracker) -> dict[str, int]:
     return kinds
 
 
-def _optimizer_bytes(cfg: DictConfig, trained: list[nn.Parameter]) -> tuple[float, float]:
+def _optimizer_bytes(cfg: DictConfig, named: dict[str, nn.Parameter]) -> tuple[float, float]:
     """Bytes of an optimizer's state, and of what its step allocates for the moment."""
-    optimizer = instantiate(cfg, "optimizer", trained)
+    optimizer, trained = instantiate(cfg, "optimizer", [*named.items()]), [*named.values()]
     name = type(optimizer).__name__
     if name in _STATE_BYTES:
         return _STATE_BYTES[name] * sum(p.numel() for p in trained), 0.0
@@ -227,13 +240,15 @@ def _nbytes(parameter: Tensor) -> int:
     return sum(getattr(data, name).nbytes for name in data.__tensor_flatten__()[0])
 
 
-def _gathered(model: MDMTransformer) -> int:
+def _gathered(model: MDMTransformer, reshard: bool) -> int:
     """What FSDP2 has whole while it runs a layer and fetches the next: parameters in the dtype that
-    is computed in, their gradients, and those of a layer in fp32 for the sum over the ranks."""
-    layer = max(sum(_nbytes(p) for p in layer.parameters()) for layer in model.layers)
+    is computed in, their gradients, and those of a layer in fp32 for the sum over the ranks. All
+    layers' parameters where they stay after the forward pass, which is not to ``reshard`` them."""
+    sizes = [sum(_nbytes(p) for p in layer.parameters()) for layer in model.layers]
+    layers = 2 * max(sizes) if reshard else sum(sizes)
     inner = {id(p) for layer in model.layers for p in layer.parameters()}
     outer = [p for p in model.parameters() if id(p) not in inner]
     learnt = [p for p in model.layers[0].parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in learnt) + sum(p.nbytes for p in outer if p.requires_grad)
     summed = sum(4 * p.numel() for p in learnt if p.element_size() < 4)
-    return 2 * layer + sum(p.nbytes for p in outer) + gradients + summed
+    return layers + sum(p.nbytes for p in outer) + gradients + summed

@@ -15,6 +15,7 @@ from torchtune.training.metric_logging import TensorBoardLogger as _TensorBoardL
 from tqdm import tqdm
 
 from mdm_plugin.config.secrets import redacted
+from mdm_plugin.contract import Estimator, Objective
 from mdm_plugin.distributed.world import World
 from mdm_plugin.torchtune_internals import summary_writer
 from mdm_plugin.training.step import Result, to_device
@@ -66,7 +67,7 @@ class StepMetrics:
         self._start = time.perf_counter()
 
     def _micro_batch(self, result: Result) -> None:
-        batch, loss, losses = result
+        batch, loss, losses, _ = result
         bins = (batch.t * T_BINS).long().clamp(0, T_BINS - 1)
         bins = to_device(bins, losses.device)
         self._sums[0] += loss
@@ -118,6 +119,28 @@ class StepMetrics:
         figures.update({f"memory/{k}": v for k, v in memory_gib(self.world.device).items()})
         self._reset()
         return figures
+
+
+def first_line(cfg: DictConfig, world: World, estimator: Estimator, objective: Objective) -> str:
+    """What a run trains on, in which precision, and by which estimator and optimizer."""
+    device = world.device.type
+    if device == "cuda":
+        device += f" ({torch.cuda.get_device_name(world.device)})"
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    precision = str(cfg.dtype)
+    if cfg.enable_fp8_training:
+        precision += f" with float8 ({cfg.fp8_recipe_name})"
+    if cfg.dtype != cfg.master_dtype:
+        precision += f", masters in {cfg.master_dtype}"
+    elif cfg.master_dtype == "bf16":
+        rounded = "at random" if cfg.stochastic_rounding else "to the nearest"
+        precision += f", masters too, rounded {rounded}"
+    names = [type(x).__name__ for x in (estimator.timesteps, estimator.masking, objective)]
+    optimizer = cfg.optimizer._component_.rsplit(".", 1)[-1]
+    return (
+        f"{ranks} on {device}; {precision}; timesteps {names[0]}, masking {names[1]}, objective "
+        f"{names[2]}; optimizer {optimizer}"
+    )
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

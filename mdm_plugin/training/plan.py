@@ -18,7 +18,13 @@ from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.training.batches import read_datasets
-from mdm_plugin.training.checks import check_adapters, check_estimator, is_causal, read_estimator
+from mdm_plugin.training.checks import (
+    check_adapters,
+    check_estimator,
+    is_causal,
+    read_estimator,
+    read_objective,
+)
 from mdm_plugin.training.memory import Job, Memory, memory
 from mdm_plugin.training.precision import check_precision
 
@@ -56,6 +62,7 @@ def plan(cfg: DictConfig, adapters: bool) -> str:
     if cfg.global_batch_size:
         accumulation = max(1, cfg.global_batch_size // (cfg.batch_size * ranks))
     estimator, mode = read_estimator(cfg, mask_id=0), FakeTensorMode()
+    estimator = estimator._replace(w=read_objective(cfg)(0.0))
     model = _fake_model(cfg, adapters, mode)
     check_estimator(estimator, is_causal(model))
     check_precision(cfg)
@@ -140,7 +147,7 @@ def _data(
         return longest, [f"Steps: unknown ({error}); rows taken to be {longest} tokens long"]
     per_epoch = min(batches.steps_per_epoch, cfg.max_steps_per_epoch or batches.steps_per_epoch)
     steps, views = cfg.epochs * per_epoch, estimator.masking.views
-    probe, wanted = 0, estimator.timesteps.probe_plan()
+    probe, wanted = 0, estimator.timesteps.probe_plan(estimator.w)
     if wanted:
         probe = len(wanted.t) * wanted.rows * wanted.masks * views
         if wanted.every_n_steps:

@@ -16,6 +16,7 @@ from torchtune import training
 from mdm_plugin.config.components import find_component
 from mdm_plugin.errors import UserError
 
+FLOAT8_CAPABILITY = (8, 9)  # of a CUDA device whose matrix products can be in float8
 _ROUNDING = "bf16_stochastic_round"  # torchao's optimizers take it
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdm_plugin import pareto
-from mdm_plugin.contract import Estimator, Fitted, Probe, ProbePlan, Times, TimestepSampler
+from mdm_plugin.contract import Estimator, Fitted, Probe, ProbePlan, Times
 from mdm_plugin.data.batches import GlobalBatches
 from mdm_plugin.distributed.gradients import total_norm
 from mdm_plugin.distributed.world import World
@@ -24,12 +24,13 @@ from mdm_plugin.training.step import (
     corrupt,
     forward_loss,
     row_losses,
+    wants_norms,
 )
 
 
-def probe_due(sampler: TimestepSampler, step: int) -> ProbePlan | None:
-    """The plan of ``sampler`` if the model is to be probed before ``step``, else None."""
-    plan = sampler.probe_plan()
+def probe_due(estimator: Estimator, step: int) -> ProbePlan | None:
+    """The sampler's plan if the model is to be probed before ``step``, else None."""
+    plan = estimator.timesteps.probe_plan(estimator.w)
     if plan is None or step == 0:
         return plan
     return plan if plan.every_n_steps and step % plan.every_n_steps == 0 else None
@@ -59,7 +60,8 @@ def probe(
     chosen = torch.randperm(len(batches.rows), generator=keyed_generator(seed, "probe rows", step))
     chosen = chosen[:rows]
     longest = int(batches.rows.lengths_of(chosen).max())
-    losses = torch.zeros(len(grid), rows, masks, device=world.device)
+    losses, norms = torch.zeros(2, len(grid), rows, masks, device=world.device)
+    shows = by_gradient and wants_norms(estimator.timesteps)
     second = torch.zeros(len(grid), dtype=torch.float64)
     one = torch.ones((), device=world.device)
     jobs = [(j, m) for j in range(len(grid)) for m in range(masks)]
@@ -76,7 +78,10 @@ def probe(
                 weight = torch.zeros_like(weight)
             noisy = corrupt(batch, Times(grid[j].expand(rows), weight), estimator)
             if by_gradient:
-                row = backward(model, estimator.loss, noisy, one, world, offloading).row_losses
+                found = backward(model, estimator.loss, noisy, one, world, offloading, shows)
+                row = found.row_losses
+                if found.row_norms is not None:
+                    norms[j, places.to(world.device), m] += found.row_norms  # 0 where not real
             else:
                 here = noisy.to(world.device)
                 with torch.no_grad():
@@ -85,10 +90,11 @@ def probe(
         if by_gradient:
             second[j] += norm(model).double().cpu() ** 2 / (rows * masks)
             model.zero_grad(set_to_none=True)
-    losses = world.sum(losses).double().cpu()
+    losses, norms = world.sum(torch.stack((losses, norms))).double().cpu()
     g, v = pareto.moments(losses)
-    w = second.sqrt() if by_gradient else losses.square().mean((1, 2)).sqrt()
-    return Probe(grid, g, v, w, len(jobs) * rows * estimator.masking.views)
+    root = second.sqrt() if by_gradient else losses.square().mean((1, 2)).sqrt()
+    shown = norms.square().mean((1, 2)).sqrt() if shows else None
+    return Probe(grid, g, v, root, len(jobs) * rows * estimator.masking.views, shown)
 
 
 def _shares(rows: int, world: World, batch_size: int) -> Iterator[Tensor]:
@@ -105,17 +111,21 @@ def _shares(rows: int, world: World, batch_size: int) -> Iterator[Tensor]:
         yield part if len(part) else torch.tensor([rows])
 
 
-def fit(sampler: TimestepSampler, plan: ProbePlan, measured: Probe, world: World) -> dict[str, Any]:
-    """Have ``sampler`` take in a probe, the same on every rank; what to keep of it.
+def fit(estimator: Estimator, plan: ProbePlan, measured: Probe, world: World) -> dict[str, Any]:
+    """Have the sampler of t take in a probe, the same on every rank; what to keep of it.
 
     Raises:
         UserError: if nothing can be made of the probe.
     """
     # To 1 in 1,000, far below the probe's own error: the fit can have several optima of nearly one
     # height, and the order in which ranks summed must not choose between them.
-    rounded = measured._replace(w=(measured.w.log() * 1000).round().div(1000).exp())
+    rounded = measured._replace(
+        root=_rounded(measured.root),
+        shown=None if measured.shown is None else _rounded(measured.shown),
+    )
+    sampler, w = estimator.timesteps, estimator.w
     try:
-        fitted = sampler.fit(rounded)
+        fitted = sampler.fit(rounded, w)
         if not isinstance(fitted, Fitted):
             raise ValueError(f"{type(sampler).__name__}.fit gives no mdm_plugin.contract.Fitted")
         density, figures = fitted.density, json.loads(json.dumps(fitted.figures))
@@ -126,21 +136,27 @@ def fit(sampler: TimestepSampler, plan: ProbePlan, measured: Probe, world: World
         dist.broadcast_object_list(shared, src=0)
         state, density = shared[0]
         sampler.load_state_dict(state)
-    t, q = rounded.t, density(rounded.t)
+    s = w.cdf(rounded.t)
+    h = density(s)
     return {
         **figures,
         "target": plan.target,
-        "t": t.tolist(),
+        "t": rounded.t.tolist(),
+        "s": s.tolist(),
         "g": measured.g.tolist(),
         "v": measured.v.tolist(),
-        "w": measured.w.tolist(),
-        "q": q.tolist(),
-        "kl": float(pareto.divergence(rounded.w, q.log(), t)),
-        "kl_uniform": float(pareto.divergence(rounded.w, torch.zeros_like(t), t)),
+        "root": measured.root.tolist(),
+        "h": h.tolist(),
+        "kl": float(pareto.divergence(rounded.root, h.log(), s)),
+        "kl_uniform": float(pareto.divergence(rounded.root, torch.zeros_like(s), s)),
         "forwards": measured.forwards,
         "backwards": measured.forwards if plan.target == "gradient" else 0,
         "density": density.state_dict(),
     }
+
+
+def _rounded(root: Tensor) -> Tensor:
+    return (root.log() * 1000).round().div(1000).exp()
 
 
 def fit_line(report: dict[str, Any]) -> str:
@@ -158,7 +174,7 @@ def write_fit(report: dict[str, Any], file: Path) -> None:
 
 
 def plot_fit(report: dict[str, Any]) -> Any:
-    """A matplotlib figure: g and v, and w beside the density q, over t."""
+    """A matplotlib figure: g and v over t, and the root beside the density h over s = W(t)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -168,13 +184,14 @@ def plot_fit(report: dict[str, Any]) -> Any:
     left.plot(t, [x**0.5 for x in report["v"]], ".-", label="sqrt(v(t)), v = E Var_m(l | x0, t)")
     left.set(xlabel="t", ylabel="nats", title="the model's losses")
     left.legend()
-    w = torch.tensor(report["w"])
-    w = w / torch.trapezoid(w, torch.tensor(t)) * (t[-1] - t[0])
-    right.plot(t, w, "o", label=f"probe ({report['target']})", alpha=0.6)
+    s, root = report["s"], torch.tensor(report["root"])
+    root = root / torch.trapezoid(root, torch.tensor(s)) * (s[-1] - s[0])
+    right.plot(s, root, "o", label=f"probe ({report['target']})", alpha=0.6)
     density = report["density"]
-    right.plot(density["knots"], density["values"], label="q(t)")
+    right.plot(density["knots"], density["values"], label="h(s)")
     right.axhline(1, color="grey", linewidth=0.8)
-    right.set(xlabel="t", ylim=(0, 1.15 * max(max(density["values"]), float(w.max()))))
+    highest = max(max(density["values"]), float(root.max()))
+    right.set(xlabel="s, the objective's share of smaller t", ylim=(0, 1.15 * highest))
     right.set_title(f"KL {report['kl']:.4f} (uniform {report['kl_uniform']:.4f})")
     right.legend()
     return figure

@@ -16,6 +16,7 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss, Targets
 from mdm_plugin.models.transformer import MDMTransformer, row_mask
 from mdm_plugin.noise import keyed_generator
+from mdm_plugin.training.hidden import row_norms, token_norms
 
 NO_OFFLOADING: AbstractContextManager = nullcontext()
 
@@ -33,6 +34,8 @@ class Corrupted(NamedTuple):
     eligible: number of eligible positions in the R rows.
     places: [R], long, of the rows in the global batch.
     input_pos: [1, T], long, of packed rows; else None.
+    sequence: [T], long, of packed rows the sequence that each token is of, V·R for filling; else
+        None.
     """
 
     noisy: Tensor
@@ -45,6 +48,7 @@ class Corrupted(NamedTuple):
     eligible: int
     places: Tensor
     input_pos: Tensor | None = None
+    sequence: Tensor | None = None
 
     @property
     def views(self) -> int:
@@ -97,6 +101,7 @@ def pack(
         attend=row_mask(lengths, device, model.layers[0].attn.is_causal),
         targets=targets,
         input_pos=F.pad(position, (0, filling))[None],
+        sequence=F.pad(kept.nonzero().squeeze(1) // length, (0, filling), value=count),
     )
 
 
@@ -106,12 +111,12 @@ def corrupt(batch: Batch, times: Times, estimator: Estimator) -> Corrupted:
     Args:
         batch: the rows and their noise.
         times: of the global batch, [n] each; the micro-batch takes its places.
-        estimator: its masking, and its loss, which gives the masked positions their weights.
+        estimator: its masking, its loss, which gives the masked positions their weights, and w.
     """
     masking, loss = estimator.masking, estimator.loss
     t, n = times.t[batch.places], batch.eligible.sum(1)
-    importance = times.row_weights(batch.places, n, masking.by_count)
-    views = masking(t, batch.u, batch.eligible)
+    importance = times.row_weights(batch.places, n, masking, estimator.w)
+    views = masking(t, batch.u, batch.eligible, estimator.w)
     check_views(views, estimator, batch)
     count, rows, length = views.mask.shape
     hidden = views.mask if views.hidden is None else views.hidden
@@ -148,6 +153,8 @@ def check_times(times: object, estimator: Estimator, n: int) -> None:
             )
     if not (((times.t >= 0) & (times.t <= 1)).all() and (times.weight > 0).all()):
         raise UserError(f"{name} gives a t outside of [0, 1], or a weight that is not above 0")
+    if times.density is not None and not (times.density.values > 0).all():
+        raise UserError(f"{name} gives a density that is 0 somewhere: mix it with the uniform one")
 
 
 def check_views(views: object, estimator: Estimator, batch: Batch) -> None:
@@ -181,7 +188,8 @@ def check_views(views: object, estimator: Estimator, batch: Batch) -> None:
 
 def step_times(batches: GlobalBatches, step: int, estimator: Estimator) -> Times:
     """The t of a step's global batch: a function of (seed, step) alone."""
-    times = estimator.timesteps(batches.size, keyed_generator(batches.seed, "t", step))
+    generator = keyed_generator(batches.seed, "t", step)
+    times = estimator.timesteps(batches.size, generator, estimator.w)
     check_times(times, estimator, batches.size)
     return times
 
@@ -219,11 +227,23 @@ class Result(NamedTuple):
     batch: the micro-batch, as it was drawn.
     loss: scalar, its share of the global batch's loss.
     row_losses: [R], l of each row, without importance weights.
+    row_norms: [R], G of each row (``hidden.row_norms``); None where it was not asked for.
     """
 
     batch: Corrupted
     loss: Tensor
     row_losses: Tensor
+    row_norms: Tensor | None = None
+
+    def shown(self, sampler: TimestepSampler) -> tuple[Tensor, Tensor]:
+        """t [R], and what a sampler that learns is to learn from at each, [R]."""
+        norms = self.row_norms if wants_norms(sampler) else None
+        return self.batch.t, self.row_losses if norms is None else norms
+
+
+def wants_norms(sampler: TimestepSampler) -> bool:
+    """Whether a sampler learns from the rows' gradients."""
+    return sampler.learns and sampler.learns_from == "gradient"
 
 
 def backward(
@@ -233,17 +253,23 @@ def backward(
     normalizer: Tensor,
     world: World,
     offloading: AbstractContextManager = NO_OFFLOADING,
+    norms: bool = False,
 ) -> Result:
-    """Add a micro-batch's gradient to the parameters'."""
+    """Add a micro-batch's gradient to the parameters'; with ``norms``, measure the rows' G."""
     here = batch.to(world.device)
     # Where gradients are averaged over ranks: the loss is a sum over them.
     factor = world.size if world.averages else 1
     weights = here.targets.weights * (factor / normalizer)
     here = here._replace(targets=here.targets._replace(weights=weights))
-    with offloading:
-        total, ce = forward_loss(model, loss, here)
-    total.backward()
-    return Result(batch, total.detach() / factor, row_losses(here, ce))
+    watching: AbstractContextManager[list[Tensor]] = nullcontext([])
+    if norms:
+        watching = token_norms(model)
+    with watching as found:
+        with offloading:
+            total, ce = forward_loss(model, loss, here)
+        total.backward()
+    measured = row_norms(here, found[0], normalizer / factor) if norms else None
+    return Result(batch, total.detach() / factor, row_losses(here, ce), measured)
 
 
 @torch.no_grad()
@@ -257,15 +283,15 @@ def row_losses(batch: Corrupted, ce: Tensor) -> Tensor:
     return (totals * batch.row_scale.to(ce.device)).reshape(-1, len(batch.t)).mean(0)
 
 
-def learn(sampler: TimestepSampler, losses: Sequence[tuple[Tensor, Tensor]], world: World) -> None:
+def learn(sampler: TimestepSampler, shown: Sequence[tuple[Tensor, Tensor]], world: World) -> None:
     """Teach a sampler of t what a step showed on all ranks: only one that ``learns``.
 
-    losses: t [R] and row losses [R] of each of this rank's micro-batches. A step whose tally is
-    not finite teaches nothing.
+    shown: t [R] and row losses or norms [R], whichever it learns from, of each of this rank's
+    micro-batches (``Result.shown``). A step whose tally is not finite teaches nothing.
     """
     if not sampler.learns:
         return
-    tallies = [sampler.tally(t, values.cpu()) for t, values in losses]
+    tallies = [sampler.tally(t, values.cpu()) for t, values in shown]
     total = world.sum(torch.stack(tallies).sum(0)).cpu()
     if total.isfinite().all():
         sampler.update(total)

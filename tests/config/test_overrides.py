@@ -91,6 +91,8 @@ def test_a_text_but_for_prompts_can_refer_to_other_keys():
 def test_torchtune_s_habits():
     overrides = [
         "timesteps=mdm_plugin.timesteps.Stratified",  # a component's path
+        "objective=mdm_plugin.objectives.Window",  # of one that the file does not have, too
+        "objective.low=0.3",
         "metric_logger._component_=torchtune.training.metric_logging.StdoutLogger",
         "dataset_val=null",
         "lr_scheduler=None",
@@ -103,7 +105,10 @@ def test_torchtune_s_habits():
     ]
     cfg = load_config("quickstart", overrides, Options)
     assert dict(cfg.timesteps) == {"_component_": "mdm_plugin.timesteps.Stratified"}
+    assert dict(cfg.objective) == {"_component_": "mdm_plugin.objectives.Window", "low": 0.3}
     assert cfg.metric_logger._component_.endswith("StdoutLogger")
+    assert load_config("quickstart", ["ema=null"], Options).ema is None
+    cfg = load_config("quickstart", overrides, Options)
     assert cfg.dataset_val is None and cfg.lr_scheduler is None and cfg.max_steps_per_epoch is None
     assert cfg.batch_size == 16 and list(cfg.optimizer.betas) == [0.5, 0.6]
     assert cfg.clip_grad_norm is None and "weight_decay" not in cfg.optimizer

@@ -78,7 +78,7 @@ def test_generation_goes_in_batches_and_each_text_is_as_alone(harness, model, to
         for stop in settings.get("until", []):
             text = text.split(stop)[0]
         expected.append(text)
-    assert found == expected and len(set(found)) > 8
+    assert found == expected and len(set(found)) > 4
     assert batched <= (len(forwards) - batched) / 6  # 16 requests of 6 tokens, 8 of 8; 8 a batch
     assert lm.generate_until(instances("generate_until", requests[::-1])) == found[::-1]
 

@@ -14,6 +14,7 @@ from mdm_plugin.generation import TokenIds
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import FixedCount
 from mdm_plugin.models import llada
+from tests.toy import ELBO
 
 MASK, PAD = 319, 0
 CPU = torch.device("cpu")
@@ -206,7 +207,7 @@ def test_the_bound_of_a_trained_model_is_above_the_entropy_of_its_source():
     for step in range(300):
         tokens = chain(256, step)
         t, u = torch.rand(256, dtype=torch.float64), torch.rand(256, places, dtype=torch.float64)
-        mask, weight, _ = masking(t, u, eligible)
+        mask, weight, _ = masking(t, u, eligible, ELBO)
         targets = loss.targets(tokens, mask, weight, torch.ones(256), torch.full((256,), places))
         total, _ = model(torch.where(mask[0], 1, tokens), head=partial(loss, targets=targets))
         (total / 256).backward()

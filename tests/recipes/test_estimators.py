@@ -23,6 +23,9 @@ ADAPTIVE = (
     "timesteps.bins=4",
     "timesteps.warmup_rows=4",
 )
+OBJECTIVE = "objective._component_"
+WINDOW = (f"{OBJECTIVE}=mdm_plugin.objectives.Window", "objective.low=0.5")
+WIDENING = (f"{OBJECTIVE}=mdm_plugin.objectives.Widening",)  # of (0.5, 1) at first
 
 
 @pytest.mark.parametrize("sampler", [PARETO, ADAPTIVE], ids=["ParetoOptimal", "Adaptive"])
@@ -76,19 +79,35 @@ def test_resuming_does_not_probe_again_and_is_the_same_run(tune, tmp_path):
     assert "timesteps: the checkpoint's state does not fit" in line and "bins is 7" in line
 
 
+def test_an_objective_that_moves_is_one_run_on_two_ranks_and_stopped_and_resumed(tune, tmp_path):
+    common = (*PARETO, *WIDENING, "masking=mdm_plugin.masking.FixedCount", "save_every_n_steps=10")
+    tune(*common, out="one")
+    masked = scalars(tmp_path / "one")["train/masked_fraction"]
+    assert sum(masked[:4]) / 4 > 0.65 and sum(masked[-4:]) / 4 < 0.6  # t ~ U(0.5, 1) to U(0, 1)
+    tune(*common, "batch_size=4", launch=TWO_RANKS, out="two")
+    assert_same(curves(tmp_path, "two"), curves(tmp_path, "one"), 1e-4)
+    start = f"resume_from_checkpoint={tmp_path / 'one/step_10'}"
+    tune(*common, start, out="resumed")
+    assert torch.equal(curves(tmp_path, "resumed"), curves(tmp_path, "one")[:, 10:])
+    ends = [load_file(tmp_path / x / "step_20/model.safetensors") for x in ("one", "resumed")]
+    assert all(torch.equal(ends[1][name], x) for name, x in ends[0].items())
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         ((*PARETO, "loss.normalize=masked"), "would count each t as often as it is drawn"),
-        ((*ADAPTIVE, "loss.weight=ones"), "use inverse_p"),
-        (
-            ("timesteps=mdm_plugin.timesteps.Clipped", "masking=mdm_plugin.masking.FixedCount"),
-            "leaves out counts",
-        ),
         (("masking=mdm_plugin.masking.NextToken",), "with a bidirectional model"),
         (
             ("masking=mdm_plugin.masking.NextToken", "model.causal=True", *PARETO),
             "NextToken uses no t",
+        ),
+        (
+            (
+                *("masking=mdm_plugin.masking.NextToken", "model.causal=True"),
+                *("timesteps=mdm_plugin.timesteps.Uniform", *WINDOW),
+            ),
+            "NextToken uses no t: set it to timesteps.Uniform, and no objective",
         ),
         (("model.causal=True",), "with a causal model"),
         (("masking._component_=mdm_plugin.masking.Rotation", "masking.k=1"), "k is 1"),
@@ -192,6 +211,28 @@ def test_mdm_variance_on_two_ranks_is_that_of_one_and_projected_is_near(variance
             assert c["gradient"][part]["value"] == pytest.approx(truth, rel=0.25)
 
 
+def test_mdm_variance_measures_an_objective_at_a_moment_of_training(variance, tmp_path):
+    few = ("batches=4", "batches_per_round=2")
+    runs = {
+        "elbo": (),
+        "end": (*WIDENING, "progress=1"),
+        "start": WIDENING,
+        "window": WINDOW,
+    }
+    found = {}
+    for name, more in runs.items():
+        variance(*few, *more, out=name)
+        found[name] = [
+            [{k: v["value"] for k, v in e[kind].items()} for kind in ("loss", "gradient")]
+            for e in result(tmp_path / name)["estimators"]
+        ]
+    assert found["end"] == found["elbo"] and found["start"] == found["window"]
+    for one, other in zip(found["window"], found["elbo"], strict=True):
+        assert one[1]["variance"] < 0.7 * other[1]["variance"]  # no small t, which are the noisiest
+    probed = json.loads((tmp_path / "window/timesteps_P_POTS.json").read_text())
+    assert min(probed["t"]) > 0.5
+
+
 def test_an_interrupted_measurement_reports_what_it_has(tmp_path, data_dir, command):
     (tmp_path / "variance.yaml").write_text(VARIANCE)
     script = f"""
@@ -219,6 +260,8 @@ recipe.main()
         (("estimators.P-POTS.masking=null",), "estimators.P-POTS"),
         (("estimators.P-POTS.timesteps.grids=5",), "estimators.P-POTS.timesteps.grids"),
         (("batches=2",), "batches_per_round"),
+        (("progress=1.5",), "progress: 1.5: use 0, the start of training, up to 1"),
+        ((f"{OBJECTIVE}=mdm_plugin.timesteps.Uniform",), "objective: Uniform is no Objective"),
     ],
 )
 def test_mdm_variance_names_what_is_wrong(variance, overrides, words):

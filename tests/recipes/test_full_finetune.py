@@ -44,6 +44,16 @@ def test_one_rank_two_ranks_and_accumulation_are_the_same_run(tune, tmp_path, no
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
 
 
+def test_a_run_begins_with_a_line_of_what_it_is(tune):
+    said = tune("max_steps_per_epoch=1", "masking=mdm_plugin.masking.Mirror").stdout.splitlines()
+    line = (
+        "1 rank on cpu; fp32; timesteps Stratified, masking Mirror, objective ELBO; optimizer AdamW"
+    )
+    assert said.index(line) < next(i for i, x in enumerate(said) if x.startswith("dataset: "))
+    assert sum("cpu" in x for x in said) == 1  # said once
+    assert any(x.endswith(" steps of 8 rows, 1 per epoch") and " parameters; 1" in x for x in said)
+
+
 def test_every_option_of_memory_and_layout_is_the_same_run(tune, tmp_path):
     """Padding that is ignored; HSDP, activation checkpointing, weights kept gathered."""
     common = ("train_eos_padding=False", "loss.normalize=tokens")
@@ -84,7 +94,7 @@ def test_a_launch_on_two_nodes_is_the_same_run(tune, tmp_path, data_dir):
     ]
     outputs = [node.communicate(timeout=240)[0].decode() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sum("984" in o or "parameters on 2 x cpu" in o for o in outputs) == 1  # rank 0 speaks
+    assert sum("984" in o or "2 ranks on cpu" in o for o in outputs) == 1  # rank 0 speaks
     assert_same(curves(tmp_path, "nodes"), curves(tmp_path, "one"), 1e-5)
 
 

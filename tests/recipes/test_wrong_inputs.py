@@ -20,6 +20,14 @@ WRONG = {
     ),
     "wrong type": (["batch_size=many"], "batch_size: Value 'many'"),
     "value out of range": (["loss.normalize=rows"], "loss: normalize is 'rows'"),
+    "objective that is none": (
+        ["objective._component_=mdm_plugin.timesteps.Uniform"],
+        "objective: Uniform is no Objective: derive it from mdm_plugin.contract.Objective",
+    ),
+    "window without width": (
+        ["objective._component_=mdm_plugin.objectives.Window", "objective.low=1"],
+        "objective: low and high 1 and 1.0: use 0 <= low < high <= 1",
+    ),
     "missing file": (["dataset.source=nowhere.jsonl"], "nowhere.jsonl does not exist"),
     "bad JSON line": (["dataset.source={tmp}/bad.jsonl"], "bad.jsonl:2: not valid JSON"),
     "row without a response": (["dataset.source={tmp}/empty.jsonl"], "empty.jsonl:2: an assistant"),
@@ -42,6 +50,7 @@ WRONG = {
     "truncated weights": (["checkpointer.checkpoint_dir={tmp}"], "cannot be read as safetensors"),
     "sharding of one process": (["data_parallel_replicate_dim=2"], "this is a single process"),
     "no validation data": (["run_val_every_n_steps=5"], "there is no dataset_val"),
+    "parameters offloaded on CPU": (["fsdp_cpu_offload=True"], "works on CUDA only"),
     "offloading on CPU": (["enable_activation_offloading=True"], "works on CUDA only"),
     "no such device": (["device=cuda:7"], "device: "),
     "output nowhere": (["output_dir=/proc/nowhere"], "output_dir: /proc/nowhere cannot be written"),

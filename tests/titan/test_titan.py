@@ -20,6 +20,8 @@ METHODS = {
     "P-POTS": ("ParetoOptimal", "Bernoulli"),
     "FixedCount": ("Stratified", "FixedCount"),
 }
+# Of a step by counts; Widening is at (0.5, 1), (0.25, 1) and (0, 1) in three steps.
+OBJECTIVES = {"Window": {"low": 0.3, "high": 0.8}, "Widening": {"low": 0.5, "high": 1.0}}
 PROBE = {"grid": 6, "rows": 4, "masks": 2}
 
 
@@ -106,13 +108,21 @@ def test_a_step_is_the_recipes(titan, tune, home, tmp_path):
         **{"module": "mdm_plugin.titan.dream", "config": "dream_debugmodel", "family": "Dream"},
         **{"lr": 0.0, "arguments": method("Stratified", "Bernoulli")},
     }
+    for name, values in OBJECTIVES.items():
+        objective = f"mdm_plugin.objectives.{name}={json.dumps(values)}"
+        more = [*method("Stratified", "FixedCount"), "--dataloader.objective", objective]
+        runs[name] = {"lr": 0.0, "arguments": more}
     half = ["--training.mixed_precision_param", "bfloat16"]
     runs["bf16"] = {"lr": 0.0, "arguments": [*method("Stratified", "Bernoulli"), *half]}
     found = titan(1, runs)
     for name in runs:
-        timesteps, masking = METHODS.get(name, ("Stratified", "Bernoulli"))
+        plain = "FixedCount" if name in OBJECTIVES else "Bernoulli"
+        timesteps, masking = METHODS.get(name, ("Stratified", plain))
         family = "Dream" if name == "Dream" else "llada"
         more = [f"timesteps.{k}={v}" for k, v in PROBE.items()] if name == "P-POTS" else []
+        if name in OBJECTIVES:
+            more += [f"objective._component_=mdm_plugin.objectives.{name}"]
+            more += [f"objective.{k}={v}" for k, v in OBJECTIVES[name].items()]
         if name == "bf16":
             more += ["dtype=bf16"]
         if name == "Dream":
@@ -132,6 +142,10 @@ def test_a_step_is_the_recipes(titan, tune, home, tmp_path):
         logged = found[name][0]["logged"]
         for tag in ("train/masked_fraction", "train/importance_weight_max"):
             assert logged[tag] == pytest.approx(curves[tag], rel=1e-6)
+    # An objective that ends at the bound is it there, and before it is not.
+    moving, bound = steps(found["Widening"]), steps(found["FixedCount"])
+    assert torch.equal(moving[2], bound[2])
+    assert ((moving - bound).abs() > 1e-3).all(1)[:2].all()
 
 
 def test_two_ranks_of_each_kind_are_one_rank(titan):
@@ -290,7 +304,13 @@ REFUSED = {
         *("--validator.no-enable", "--parallelism.pipeline_parallel_degree", "2"),
         *("--dataloader.timesteps", "mdm_plugin.timesteps.Adaptive"),
     ],
-    "leaves out counts": ["--dataloader.timesteps", "mdm_plugin.timesteps.Clipped"],
+    "would count each t": [
+        *("--dataloader.timesteps", "mdm_plugin.timesteps.Adaptive", "--loss.normalize", "masked"),
+    ],
+    "is no Objective": ["--dataloader.objective", "torch.nn.Identity"],
+    "low and high 0.8 and 0.3": [
+        *("--dataloader.objective", 'mdm_plugin.objectives.Window={"low": 0.8, "high": 0.3}'),
+    ],
     "is no TimestepSampler": ["--dataloader.timesteps", "torch.nn.Identity"],
     "is no Masking": ["--dataloader.masking", "torch.nn.Identity"],
     "no attribute 'Miror'": ["--dataloader.masking", "mdm_plugin.masking.Miror"],

@@ -1,17 +1,55 @@
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from mdm_plugin.config.options import Options
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
 from mdm_plugin.density import Density
 from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount, Mirror, masking_rate
+from mdm_plugin.objectives import ELBO
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.metrics import StepMetrics
+from mdm_plugin.training.metrics import StepMetrics, first_line
 from mdm_plugin.training.step import Result, corrupt, row_losses
 
 ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+ADAMW = {"_component_": "torch.optim.AdamW"}
+CHOSEN = "timesteps Uniform, masking Mirror, objective ELBO; optimizer"
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "expected"),
+    [
+        ({"dtype": "fp32"}, 1, f"1 rank on cpu; fp32; {CHOSEN} AdamW"),
+        ({"dtype": "bf16"}, 2, f"2 ranks on cpu; bf16, masters in fp32; {CHOSEN} AdamW"),
+        (
+            {"master_dtype": "bf16", "optimizer": {"_component_": "torchao.optim.AdamW8bit"}},
+            8,
+            f"8 ranks on cpu; bf16, masters too, rounded at random; {CHOSEN} AdamW8bit",
+        ),
+        (
+            {"master_dtype": "bf16", "stochastic_rounding": False},
+            1,
+            f"1 rank on cpu; bf16, masters too, rounded to the nearest; {CHOSEN} AdamW",
+        ),
+        (
+            {"enable_fp8_training": True},
+            1,
+            f"1 rank on cpu; bf16 with float8 (tensorwise), masters in fp32; {CHOSEN} AdamW",
+        ),
+    ],
+)
+def test_the_first_line_says_device_ranks_precision_estimator_and_optimizer(
+    options, ranks, expected
+):
+    cfg = OmegaConf.merge(OmegaConf.structured(Options), {"optimizer": ADAMW, **options})
+    estimator = Estimator(Uniform(), Mirror(), MDMLoss(), mask_id=7)
+    world = World(0, ranks, torch.device("cpu"), None)
+    assert first_line(cfg, world, estimator, ELBO()) == expected
 
 
 @pytest.mark.parametrize("masking", [Bernoulli(), Mirror()], ids=["Bernoulli", "Mirror"])
@@ -54,7 +92,7 @@ def test_figures_are_what_their_names_say(masking):
 
 @pytest.mark.parametrize("masking", [Bernoulli(), FixedCount()], ids=["Bernoulli", "FixedCount"])
 def test_the_weight_that_is_shown_is_the_weight_that_is_used(masking):
-    """Of masks by count it is that of the count, not 1/q(t)."""
+    """Of masks by count it is that of the count, not 1/h(t)."""
     rows = Rows(([1] * 2 + [2] * 6, [False] * 2 + [True] * 6) for _ in range(4))
     batches = GlobalBatches(rows, Split(4), Padding(0), seed=0)
     density = Density(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, 1.0, 0.5]))

@@ -122,6 +122,25 @@ print("MEASURED", (peak - before) / 2**30)
     assert measured == pytest.approx(planned, rel=0.15)
 
 
+def test_offloading_and_gathering_once_are_counted():
+    """LLaDA-8B on 8 ranks: what rests goes to CPU memory; or 30 layers more stay gathered."""
+
+    def planned(*overrides):
+        given = ["dry_run={ranks: 8, device_gib: 200}", *overrides]
+        return table(plan(load_config("llada/8B_full", given, Options), False))
+
+    usual, offloaded = planned(), planned("fsdp_cpu_offload=True")
+    resting = usual["parameters"] + usual["gradients"] + usual["optimizer"]
+    assert usual["host"] == 0 and offloaded["host"] >= resting - 0.002
+    assert offloaded["peak"] == pytest.approx(
+        usual["gathered"] + usual["activations"] + usual["logits"], abs=0.01
+    )
+    layer = (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096) * 2 / 2**30  # in bf16
+    kept = planned("fsdp_reshard_after_forward=False")
+    assert kept["gathered"] - usual["gathered"] == pytest.approx(30 * layer, rel=1e-3)
+    assert kept["peak"] - usual["peak"] == pytest.approx(30 * layer, rel=1e-3)
+
+
 def test_what_does_not_fit_is_refused_with_the_line_to_change():
     def refused(*overrides):
         with pytest.raises(UserError) as error:
@@ -157,3 +176,18 @@ def test_the_run_s_length_and_the_probe(data_dir):
     # 200 rows in batches of 8, of which 20 steps; two views; 30 × 10 × 10 in the probe.
     assert "Steps: 60 (3 epochs of 20)" in text
     assert f"forwards: {60 * 8 * 2 + 6000:,}, 6,000 of them to probe the model" in text
+
+
+def test_a_dry_run_takes_an_objective_and_refuses_what_is_none(data_dir):
+    def planned(*overrides):
+        given = [f"data_dir={data_dir}", "output_dir=x", "dry_run=True", *overrides]
+        given += ["timesteps=mdm_plugin.timesteps.ParetoOptimal"]
+        given += ["masking=mdm_plugin.masking.FixedCount"]
+        return plan(load_config(str(TINY), given, Options), False)
+
+    key = "objective._component_"
+    # Of the window's upper end, as of the bound's: rows that are masked whole.
+    windowed = planned(f"{key}=mdm_plugin.objectives.Widening", "objective.low=0.4")
+    assert table(windowed) == table(planned()) and "3,000 of them to probe" in windowed
+    with pytest.raises(UserError, match="objective: Uniform is no Objective"):
+        planned(f"{key}=mdm_plugin.timesteps.Uniform")

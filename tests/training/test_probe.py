@@ -9,10 +9,12 @@ from mdm_plugin.distributed.gradients import total_norm
 from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, Complement
+from mdm_plugin.objectives import Window
 from mdm_plugin.timesteps import ParetoOptimal
 from mdm_plugin.training.ema import EMA
 from mdm_plugin.training.probe import fit, probe, probe_due
 from mdm_plugin.training.step import backward, corrupt
+from tests.toy import ELBO
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 MASK = 319
@@ -27,9 +29,9 @@ def batches(batch_size=4):
     return GlobalBatches(rows, Split(batch_size), Padding(0), seed=0)
 
 
-def measure(model, sampler, masking, batch_size=4):
-    estimator = Estimator(sampler, masking, MDMLoss(), MASK)
-    return probe(model, estimator, sampler.probe_plan(), batches(batch_size), ALONE, step=0)
+def measure(model, sampler, masking, batch_size=4, w=ELBO):
+    estimator = Estimator(sampler, masking, MDMLoss(), MASK, w)
+    return probe(model, estimator, sampler.probe_plan(w), batches(batch_size), ALONE, step=0)
 
 
 @pytest.mark.parametrize("target", ["loss", "gradient"])
@@ -63,19 +65,38 @@ def test_random_signs_give_the_mean_squared_norm_of_the_rows_gradients(tiny_mode
     squares = torch.tensor(squares)
     error = float(squares.std()) / len(squares) ** 0.5
     # The probe has 1,200 draws of its own: its error is smaller.
-    assert abs(float(probed.w[1]) ** 2 - float(squares.mean())) < 5 * error
+    assert abs(float(probed.root[1]) ** 2 - float(squares.mean())) < 5 * error
 
 
 def test_a_fit_is_kept_and_said(tiny_model):
     sampler = ParetoOptimal(target="loss", family="piecewise", grid=5, rows=4, masks=2)
-    plan = probe_due(sampler, 0)
-    report = fit(sampler, plan, measure(tiny_model, sampler, Bernoulli()), ALONE)
+    estimator = Estimator(sampler, Bernoulli(), MDMLoss(), MASK)
+    plan = probe_due(estimator, 0)
+    report = fit(estimator, plan, measure(tiny_model, sampler, Bernoulli()), ALONE)
     assert report["density"] == sampler.density.state_dict()
-    assert not probe_due(sampler, 7)
+    assert not probe_due(estimator, 7)
     assert report["forwards"] == 5 * 4 * 2 and report["backwards"] == 0
-    assert len(report["t"]) == len(report["g"]) == len(report["v"]) == len(report["q"]) == 5
+    assert all(len(report[key]) == 5 for key in ("t", "s", "g", "v", "root", "h"))
+    assert report["s"] == report["t"]  # of the ELBO
     sampler.refit_every_n_steps = 7
-    assert probe_due(sampler, 14) and not probe_due(sampler, 15)
+    assert probe_due(estimator, 14) and not probe_due(estimator, 15)
+
+
+def test_an_objective_is_probed_where_it_has_mass_and_fitted_on_its_own_scale(tiny_model):
+    """Of a window, s = (t − 0.6) / 0.4; at the same t the probe shows what the ELBO's does."""
+    sampler = ParetoOptimal(target="loss", family="piecewise", grid=5, rows=4, masks=2)
+    w = Window(0.6, 1.0)(0.0)
+    estimator = Estimator(sampler, Bernoulli(), MDMLoss(), MASK, w)
+    measured = measure(tiny_model, sampler, Bernoulli(), w=w)
+    report = fit(estimator, probe_due(estimator, 0), measured, ALONE)
+    t, s = torch.tensor(report["t"]), torch.tensor(report["s"])
+    assert t.min() > 0.6 and torch.allclose(s, (t - 0.6) / 0.4, atol=1e-6)
+    assert report["h"] == pytest.approx(sampler.density(s.double()).tolist(), rel=1e-5)
+    assert sampler.probed_at is w
+    plain = Estimator(sampler, Bernoulli(), MDMLoss(), MASK)
+    plan = probe_due(estimator, 0)
+    again = probe(tiny_model, plain, plan, batches(), ALONE, step=0)  # masks by rate: of t alone
+    assert torch.equal(again.root, measured.root)
 
 
 def test_ema_is_the_weighted_sum_of_the_weights_seen(tiny_model):

@@ -79,6 +79,7 @@ def test_a_damaged_one_is_left_out_and_none_that_is_whole_is_no_start(config, sa
         ("epochs=2", "epochs is 1 there, and 2"),
         ("masking=mdm_plugin.masking.Mirror", "masking._component_ is .*Bernoulli there"),
         ("timesteps=mdm_plugin.timesteps.Uniform", "timesteps._component_ is .*Stratified"),
+        ("objective._component_=mdm_plugin.objectives.ELBO", "objective._component_ is None there"),
         ("ema._component_=mdm_plugin.training.EMA", "ema is None there|ema._component_ is None"),
         ("dtype=bf16", "dtype is fp32 there"),
     ],

@@ -10,6 +10,7 @@ from mdm_plugin.masking import FixedCount, Mirror, NextToken
 from mdm_plugin.models import llada
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
+from tests.toy import ELBO
 
 MASK = 1
 
@@ -31,7 +32,7 @@ def a_batch(masking, loss):
         for p, n in sizes
     )
     batches = GlobalBatches(rows, Split(5), Padding(0), seed=0)
-    t, weight, _ = Uniform()(5, generator)
+    t, weight, _ = Uniform()(5, generator, ELBO)
     estimator = Estimator(Uniform(), masking, loss, MASK)
     return corrupt(batches.micro_batches(0)[0], Times(t, weight + t), estimator)
 
