@@ -6,13 +6,14 @@ TORCH := 2.13.0
 # PyTorch's public wheels without CUDA, for where pip's own index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo quick test lint types tests faults bench study wheel clean
+.PHONY: help install demo quick test lint types tests faults docs bench study wheel clean
 
 help:
 	@echo "make demo   pretrain and fine-tune a small model on this machine, and measure it"
 	@echo "make quick  lint, types and the tests that need no process of their own: a minute"
 	@echo "make test   lint, types and all tests"
 	@echo "make faults kills, full disks, damaged files, long runs: all of tests/faults, about 10 minutes"
+	@echo "make docs   the documentation as a site: build/site/index.html"
 	@echo "make bench  training steps side by side with a plain loop, about 40 minutes (after make demo)"
 	@echo "make study  the study of docs/study.md: what has not been run of it, then its report; hours"
 	@echo "make wheel  build the wheel into dist/"
@@ -54,6 +55,13 @@ tests: install
 
 faults: install
 	MDM_FAULTS=all $(BIN)/python -m pytest tests/faults -n 0
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 bench: install
 	$(BIN)/python benchmarks/training.py --output bench

@@ -1,0 +1,288 @@
+"""The pages: links, plain sentences, every option, CONTRIBUTING's worked changes, and the site."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from omegaconf import MISSING
+
+from mdm_plugin.config import options
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("*.md"))
+PLAIN = ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/8b.md"]
+CLASSES = [options.Options, options.VarianceOptions, options.GenerateOptions, options.EvalOptions]
+
+
+def without_code(text: str) -> str:
+    """A page's text, but for blocks of code, those that are indented as well."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return re.sub(r"^    .*$", "", text, flags=re.M)
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in found}
+
+
+def broken(text: str, directory: Path) -> list[str]:
+    """Relative links and images of a page that lead nowhere."""
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", without_code(text))):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link) or not path:
+            continue
+        target = directory / path
+        if not target.is_file() or (anchor and anchor not in headings(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda x: x.name)
+def test_every_relative_link_and_image_leads_to_a_file(page):
+    text = page.read_text()
+    assert broken(text, page.parent) == []
+    own = re.findall(r"\]\(#([^)]+)\)", without_code(text))
+    assert set(own) <= headings(page)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "there.md").write_text("# A title, here\n")
+    text = "[a](there.md#a-title-here) [b](gone.md) ![c](gone.png) [d](there.md#gone) `[e](code)`"
+    assert broken(text, tmp_path) == ["gone.md", "gone.png", "there.md#gone"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda x: x.name)
+def test_pages_read_the_same_on_github_and_on_the_site(page):
+    """Python-Markdown wants an empty line before a list, and four spaces for what is in an item."""
+    before = ""
+    for line in without_code(page.read_text()).splitlines():
+        starts = re.match(r"(- |\d+\. )", line)
+        assert not starts or not before or re.match(r"(- |\d+\. |  )", before), line
+        assert before or not re.match(r" {1,3}\S", line), line
+        before = line
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of a page's prose; an item, a heading and a cell end one."""
+    text = re.sub(r"^---.*?^---$|<!--.*?-->", "", without_code(text), flags=re.M | re.S)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))
+    parts = re.split(r"\n\s*\n|^\s*(?:[-#]+|\d+\.) |\||(?<=[.!?])[*)]*\s", text, flags=re.M)
+    return [" ".join(x.split()) for x in parts if x.strip()]
+
+
+@pytest.mark.parametrize("page", PLAIN)
+def test_no_sentence_of_the_first_pages_has_more_than_35_words(page):
+    for sentence in sentences((ROOT / page).read_text()):
+        words = re.findall(r"\w[\w'’.\-]*", sentence)
+        assert len(words) <= 35, sentence
+
+
+SITE = runpy.run_path(str(ROOT / "docs/pages.py"))
+
+
+def shown(name: str) -> dict[str, tuple]:
+    groups = SITE["option_groups"]((ROOT / "mdm_plugin/config/options.py").read_text(), name)
+    return {x.name: x for group in groups for x in group.options}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda x: x.__name__)
+def test_the_reference_lists_each_option_with_its_default_and_what_it_is(cls):
+    found = shown(cls.__name__)
+    fields = {x.name: x for x in dataclasses.fields(cls)}
+    assert list(found) == list(fields)
+    for name, option in found.items():
+        default = fields[name].default
+        assert option.default == ("" if default == MISSING else repr(default)), name
+        assert eval(option.type, vars(options)) == fields[name].type, name
+        assert option.text, f"{name} has no comment in options.py"
+
+
+@pytest.mark.parametrize("recipe", SITE["recipes"]())
+def test_a_recipe_s_page_has_the_options_of_its_class(recipe):
+    from mdm_plugin.cli import RECIPES
+
+    assert recipe in RECIPES and len(SITE["recipes"]()) == len(RECIPES)
+    page = SITE["options_page"](recipe)
+    cls = {"mdm_variance": CLASSES[1], "mdm_generate": CLASSES[2], "mdm_eval": CLASSES[3]}
+    for field in dataclasses.fields(cls.get(recipe, CLASSES[0])):
+        assert f"\n| `{field.name}` | " in page
+    assert all(len(re.findall(r"(?<!\\)\|", x)) == 5 for x in page.splitlines() if x[:1] == "|")
+
+
+def test_every_packaged_config_is_in_the_gallery_as_it_is():
+    page = SITE["configs_page"]()
+    files = list((ROOT / "configs").rglob("*.yaml"))
+    assert len(files) > 10
+    for file in files:
+        assert f"```yaml\n{file.read_text().rstrip()}\n```" in page
+
+
+def test_links_out_of_docs_are_pages_of_the_site():
+    text = "[a](../mdm_plugin/loss.py) [b](../CONTRIBUTING.md#set-up) [c](8b.md) [d](gone.md)"
+    assert SITE["rewritten"](text, "docs/x.md", "x.md") == (
+        "[a](source/mdm_plugin/loss.py.md) [b](contributing.md#set-up) [c](8b.md) [d](gone.md)"
+    )
+    assert SITE["rewritten"]("[a](docs/8b.md)", "CHANGELOG.md", "a/b.md") == "[a](../8b.md)"
+
+
+# CONTRIBUTING's worked changes.
+
+
+def changes(text: str) -> list[tuple[str, str, str]]:
+    """(file, lines before, lines after) of each place that the page changes."""
+    found = []
+    for part in re.split(
+        r"^\+\+\+ ", "\n".join(re.findall(r"```diff\n(.*?)```", text, re.S)), flags=re.M
+    ):
+        file, *places = re.split(r"^@@$\n?", part, flags=re.M)
+        for place in places:
+            lines = place.strip("\n").splitlines()
+            before = "\n".join(x[1:] for x in lines if x[:1] != "+")
+            found.append((file.strip(), before, "\n".join(x[1:] for x in lines)))
+    return found
+
+
+@pytest.mark.slow
+def test_a_mask_and_a_verifier_are_added_as_contributing_says(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    added = [x for x in re.findall(r"^\+(?!\+\+)(.*)$", text, re.M) if x.strip()]
+    assert 20 < len(added) <= 40
+    for name in ("mdm_plugin", "tests", "docs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name, before, after in changes(text):
+        file = tmp_path / name
+        if not before:
+            assert not file.exists()
+            file.write_text(after + "\n")
+            continue
+        old = file.read_text()
+        assert old.count("\n" + before + "\n") == 1, f"{name}: {before}"
+        file.write_text(old.replace("\n" + before + "\n", "\n" + after + "\n"))
+    tests = ["tests/test_estimators.py", "tests/evaluation/test_numbers.py"]
+    files = [*tests, "mdm_plugin/masking.py", "mdm_plugin/evaluation/numbers.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    run("ruff", "check", *files)
+    run("ruff", "format", "--check", *files)
+    run("mypy", "--follow-imports=skip", *files[2:])
+    out = run(
+        "pytest", "-n", "0", "-q", *tests, "-k", "ParetoOptimal-BothEnds or last_number_decides"
+    )
+    assert int(re.findall(r"(\d+) passed", out)[0]) == 4  # three lengths of rows, and the verifier
+
+
+# The site.
+
+
+class Loaded(HTMLParser):
+    """What a page makes a browser load, what it links to, and its anchors."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = {k: v or "" for k, v in attrs}
+        self.ids |= {values[x] for x in ("id", "name") if x in values}
+        if tag == "a":
+            self.links.append(values.get("href", ""))
+        elif tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
+            self.loads.append(values.get("href", ""))
+        self.loads += [values[x] for x in ("src", "data", "poster") if x in values]
+        self.loads += [x.split()[0] for x in values.get("srcset", "").split(",") if x.strip()]
+        self.loads += re.findall(r"url\(['\"]?([^'\")]+)", values.get("style", ""))
+
+
+def outside(url: str) -> bool:
+    return bool(urlsplit(url).netloc)
+
+
+def test_what_a_page_would_load_is_seen():
+    page = Loaded(
+        '<link rel="preconnect" href="https://a/"><link rel="canonical" href="https://b/">'
+        '<script src="//c/x.js"></script><img srcset="x.png 1x, https://d/y.png 2x">'
+        '<p style="background: url(https://e/z.png)"><a href="https://f/">f</a>'
+    )
+    assert [x for x in page.loads if outside(x)] == [
+        "https://a/",
+        "//c/x.js",
+        "https://d/y.png",
+        "https://e/z.png",
+    ]
+    assert page.links == ["https://f/"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Page → what is in it, of the site as ``make docs`` builds it."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: make docs installs it")
+    directory = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
+    # No network: a plugin that would fetch something fails.
+    proxy = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://[::1]:9"
+    )
+    environment = {**os.environ, **proxy}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {x: Loaded(x.read_text()) for x in directory.rglob("*.html")}, directory
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_loads_nothing_from_the_network(site):
+    pages, directory = site
+    assert len(pages) > 30
+    for file, page in pages.items():
+        assert not [x for x in page.loads if outside(x)], file
+        for url in page.loads + page.links:
+            parts = urlsplit(url)
+            if parts.scheme or not parts.path:
+                continue
+            target = (file.parent / unquote(parts.path)).resolve()
+            assert target.is_file() or file.name == "404.html", f"{file.name}: {url}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{file.name}: {url}"
+    for file in directory.rglob("*.css"):
+        found = re.findall(r"(?:url\(|@import)\s*['\"]?(https?:|//)", file.read_text())
+        assert not found, file
+
+
+@pytest.mark.slow
+def test_every_public_name_has_its_place_on_the_site(site):
+    pages, directory = site
+    ids = set().union(*(page.ids for page in pages.values()))
+    names = [f"mdm_plugin.{x}" for x in SITE["MATHS"]]
+    for room in SITE["rooms"]():
+        names += SITE["modules_of"](room)
+        names += [x for x in SITE["public_names"](room).values() if x]
+    assert len(names) > 100 and set(names) <= ids, set(names) - ids
+    for name in SITE["generated"]():
+        assert (directory / name).with_suffix(".html").is_file(), name
