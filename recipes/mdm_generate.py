@@ -2,6 +2,7 @@
 
     tune run mdm_generate --config quickstart_generate prompt="…"
     tune run mdm_generate --config my.yaml prompts=questions.jsonl output=answers.jsonl
+    tune run mdm_generate --config my.yaml prompts=… replay=replay.html   # a page that plays it
     cat prompts.txt | tune run mdm_generate --config my.yaml prompts=-
     tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… output=…
     tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… data_parallel_shard_dim=-1
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -33,8 +35,9 @@ from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.inference import load_model, read_decoding
 from mdm_plugin.evaluation.sharing import share
-from mdm_plugin.generation import generate
+from mdm_plugin.generation import Step, generate
 from mdm_plugin.generation.live import LiveText
+from mdm_plugin.generation.replay import Recorder, Replay, write_replays
 
 
 class MDMGenerate:
@@ -47,9 +50,9 @@ class MDMGenerate:
         cfg, world = self.cfg, self.world
         self.decoding = read_decoding(cfg)
         self.tokenizer = instantiate(cfg, "tokenizer")
-        self.output = Path(cfg.output).expanduser() if cfg.output else None
-        if self.output and self.output.exists() and not cfg.overwrite:
-            raise UserError(f"output: {self.output} exists: name another, or set overwrite=True")
+        self.output, self.replay = file_to_write(cfg, "output"), file_to_write(cfg, "replay")
+        if self.replay and self.replay == self.output:
+            raise UserError(f"replay: {self.replay} is output too: name another")
         self.prompts = read_prompts(
             self.tokenizer, cfg.prompt, cfg.prompts, cfg.system_prompt, cfg.chat
         )
@@ -59,6 +62,7 @@ class MDMGenerate:
         cfg, world = self.cfg, self.world
         mine = share([len(x.ids) for x in self.prompts], cfg.batch_size, world)
         written: dict[int, dict[str, Any]] = {}
+        self.replays: dict[int, Replay] = {}  # by the prompts' numbers, as what is written
         forwards, start = 0, time.perf_counter()
         shown = sys.stderr.isatty() if cfg.live is None else cfg.live
         live = LiveText(self.tokenizer) if shown and world.rank == 0 else None
@@ -68,8 +72,9 @@ class MDMGenerate:
                 lines, used = self.generate(batch, live)
                 forwards += used
                 written.update(zip(batch, lines, strict=True))
-        for others in world.gather(written):
+        for others, replays in world.gather((written, self.replays)):
             written |= others
+            self.replays |= replays
         forwards = int(world.sum(torch.tensor(forwards)))
         if world.rank != 0:
             return
@@ -78,8 +83,10 @@ class MDMGenerate:
         with self.writer() as file:
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self.replay:
+            write_replays(self.replay, [self.replays[i] for i in range(len(lines))])
         tokens = sum(line["tokens"] for line in lines)
-        where = f"; {self.output}" if self.output else ""
+        where = "".join(f"; {file}" for file in (self.output, self.replay) if file)
         print(
             f"{len(lines)} prompts, {tokens} tokens, {forwards} forwards, {seconds:.1f} s, "
             f"{tokens / seconds:.1f} tokens/s{where}",
@@ -89,6 +96,14 @@ class MDMGenerate:
     def generate(self, batch: list[int], live: LiveText | None) -> tuple[list[dict[str, Any]], int]:
         """Lines of output for some prompts, by their numbers, and the forwards that they took."""
         cfg, prompts = self.cfg, [self.prompts[i] for i in batch]
+        recorder = Recorder() if self.replay else None
+
+        def on_step(step: Step) -> None:
+            if live:
+                live.show(step.response)
+            if recorder:
+                recorder.add(step)
+
         result = generate(
             self.model,
             [prompt.ids for prompt in prompts],
@@ -96,10 +111,13 @@ class MDMGenerate:
             special=self.tokenizer,
             max_new_tokens=cfg.max_new_tokens,
             seeds=[cfg.seed + i for i in batch],
-            on_step=live.show if live else None,
+            on_step=on_step if live or recorder else None,
         )
         if live:
             live.end()
+        if recorder:
+            found = recorder.replays(self.tokenizer, [prompt.text for prompt in prompts])
+            self.replays.update(zip(batch, found, strict=True))
         lines = []
         for prompt, ids in zip(prompts, result.tokens.tolist(), strict=True):
             count = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
@@ -110,8 +128,29 @@ class MDMGenerate:
     def writer(self) -> Any:
         if self.output is None:
             return nullcontext(sys.stdout)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         return self.output.open("w")
+
+
+def file_to_write(cfg: DictConfig, key: str) -> Path | None:
+    """The file that a key names, if any; its directory is made.
+
+    Raises:
+        UserError: if it is there already, or cannot be written: now, and not after the last text.
+    """
+    if not cfg[key]:
+        return None
+    file = Path(cfg[key]).expanduser()
+    if file.exists() and not cfg.overwrite:
+        raise UserError(f"{key}: {file} exists: name another, or set overwrite=True")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=file.parent):
+            pass
+        if file.exists():
+            file.open("a").close()
+    except OSError as error:
+        raise UserError(f"{key}: {file} cannot be written: {error.strerror}") from error
+    return file
 
 
 @parse(GenerateOptions)

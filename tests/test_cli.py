@@ -1,13 +1,24 @@
 """`mdm`, and `tune` from any directory, from an editable install and from a wheel."""
 
+import re
+import shlex
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+
+from mdm_plugin import cli, doctor
+from mdm_plugin.config.loading import load_config
+from mdm_plugin.config.options import Options
+from mdm_plugin.torchtune_internals import command_line
+from tests.config.test_config import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +67,7 @@ def test_a_component_of_the_user_s_own_file(tune, tmp_path):
         "import torch\n"
         "from mdm_plugin.contract import Times, TimestepSampler\n"
         "class Late(TimestepSampler):\n"
-        "    def __call__(self, n, generator):\n"
+        "    def __call__(self, n, generator, w):\n"
         "        t = torch.rand(n, generator=generator, dtype=torch.float64)\n"
         "        return Times(t.sqrt(), 0.5 / t.sqrt())\n"  # density 2t, weight 1 / 2t
     )
@@ -66,6 +77,126 @@ def test_a_component_of_the_user_s_own_file(tune, tmp_path):
     done = tune("timesteps=my_sampler.Late", out="refused", check=False)
     line = "timesteps: Late is no TimestepSampler: derive it from mdm_plugin.contract"
     assert done.returncode == 2 and line in done.stderr.strip().splitlines()[-1]
+
+
+def call(monkeypatch, *words):
+    """``mdm WORDS`` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["mdm", *words])
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def test_each_example_of_the_help_names_what_is_there(monkeypatch, capsys):
+    for words in ([], ["-h"], ["--help"], ["help"]):
+        assert call(monkeypatch, *words) == 0 and capsys.readouterr().out == cli.HELP
+    examples = [shlex.split(x) for x in re.findall(r"^ +mdm (.+)$", cli.HELP, re.M)]
+    assert {words[0] for words in examples} == set(cli.COMMANDS)
+    tune_s = re.search(r"\{(.+?)\}", command_line("mdm")._parser.format_help())[1].split(",")
+    assert {*tune_s, "doctor"} == set(cli.COMMANDS)
+    runs = [words for words in examples if words[0] == "run"]
+    assert {name for words in runs for name in words if name in cli.RECIPES} == set(cli.RECIPES)
+    for words in runs:
+        at = words.index("--config")
+        load_config(words[at + 1], words[at + 2 :], OPTIONS.get(words[at - 1], Options))
+
+
+def test_the_help_and_an_unknown_command_need_no_torch():
+    script = (
+        "import sys\nfrom mdm_plugin.cli import main\nsys.argv = ['mdm']\nmain()\n"
+        "sys.argv = ['mdm', 'doctr']\n"
+        "try: main()\nexcept SystemExit as stopped: assert stopped.code == 2\n"
+        "assert not {'torch', 'torchtune', 'omegaconf'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = "error: mdm doctr: no such command (known: doctor, download, ls, cat, cp, validate, run)"
+    assert done.stderr == line + "\n"
+
+
+def test_the_doctor_reads_the_pins_of_the_package_and_says_what_to_install():
+    requirements = [
+        *("torch<2.14,>=2.13", "torchao<0.16,>=0.13", "torchtune==0.6.1", "scipy>=1.11"),
+        *('wmi>=1; sys_platform == "win32"', 'lm-eval>=0.4.13; extra == "eval"'),
+        *('torchtitan==0.3.0; extra == "titan"', 'triton==3.7.1; extra == "titan"'),
+        *('mdm-plugin[titan]; extra == "dev"', 'pytest>=8; extra == "dev"'),
+    ]
+    there = {"torch": "2.13.0+cpu", "torchao": "0.16.0", "scipy": "1.12rc1", "torchtitan": "0.3.0"}
+    there |= {"triton": "3.7.1", "pytest": "7.4"}
+    found = [str(x).split(None, 2) for x in doctor.check_packages(requirements, there.get)]
+    assert [(state, what) for state, what, _ in found] == [
+        *(("ok", "torch"), ("wrong", "torchao"), ("wrong", "torchtune"), ("ok", "scipy")),
+        *(("note", "[eval]"), ("ok", "[titan]"), ("note", "[dev]")),
+    ]
+    said = {what: text for _, what, text in found}
+    assert said["torchao"] == (
+        "0.16.0 does not go with this release, which takes <0.16,>=0.13: "
+        'pip install "torchao<0.16,>=0.13"'
+    )
+    assert said["torchtune"] == 'is missing: pip install "torchtune==0.6.1"'
+    assert said["[eval]"] == (
+        'for lm-eval\'s tasks in mdm_eval: lm-eval is missing: pip install "mdm-plugin[eval]"'
+    )
+    assert "torchtitan 0.3.0, triton 3.7.1" in said["[titan]"]
+    assert "pytest 7.4 does not go" in said["[dev]"]
+
+
+def test_the_doctor_finds_this_environment_well_and_a_home_that_cannot_be_written_wrong(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("MDM_PLUGIN_HOME", str(tmp_path / "home"))
+    assert call(monkeypatch, "doctor") == 0
+    out = capsys.readouterr().out
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name in [re.match(r"[\w-]+", x)[0] for x in stated] + list(cli.RECIPES):
+        assert re.search(rf"^ok +{name} ", out, re.M), name
+    assert f"{tmp_path / 'home'}, " in out and re.search(
+        r"^note +quickstart +not run yet", out, re.M
+    )
+    assert out.splitlines()[-1] == "the recipes have all that they need"
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MDM_PLUGIN_HOME", str(tmp_path / "file/home"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.main(["mdm_eval"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^wrong +MDM_PLUGIN_HOME .*name another place by the environment's", out, re.M
+    )
+    assert re.search(r"^note +tune +not on the PATH: activate this environment", out, re.M)
+    assert out.splitlines()[-1] == "1 wrong: see above"
+    monkeypatch.setattr(doctor, "PROJECT", "mdm-nowhere")
+    assert doctor.main([]) == 1 and "mdm-nowhere" in capsys.readouterr().out
+
+
+def test_the_doctor_says_what_each_gpu_can(monkeypatch):
+    gpus = [("H100", 9, 0, 80), ("A100", 8, 0, 40), ("V100", 7, 0, 16)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda i: SimpleNamespace(
+            **dict(zip(("name", "major", "minor"), gpus[i], strict=False)),
+            total_memory=gpus[i][3] * 1024**3,
+        ),
+    )
+    said = {x.what: x.found for x in doctor.check_device()}
+    assert said["GPU 0"] == "H100, 80 GiB: bf16 yes, float8 yes"
+    assert said["GPU 1"] == "A100, 40 GiB: bf16 yes, float8 no"
+    assert said["GPU 2"] == "V100, 16 GiB: bf16 no, float8 no"
+    assert "CPU" not in said
+
+
+def test_the_doctor_works_where_a_package_does_not(command, tmp_path):
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao/__init__.py").write_text("raise ImportError('not with this torch')")
+    done = command("mdm", "doctor", check=False, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = r"^wrong +mdm_generate +cannot be imported: ImportError: not with this torch$"
+    assert re.search(line, done.stdout, re.M), done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +216,8 @@ def test_the_wheel_holds_recipes_configs_and_types(wheel):
     }
     modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("mdm_plugin/**/*.py")}
     recipes = {p.name for p in ROOT.glob("recipes/*.py")}
-    assert configs | modules | recipes | {"mdm_plugin/py.typed"} <= names
+    others = {"mdm_plugin/py.typed", "mdm_plugin/generation/replay.html"}
+    assert configs | modules | recipes | others <= names
     assert not any(name.startswith("tests") for name in names)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from mdm_plugin.generation.live import MASK, LiveText
 from mdm_plugin.models import ChatTokenizer
+from tests.generation.test_replay import joined, page_data, played
 from tests.recipes.test_full_finetune import TWO_RANKS
 
 CONFIG = """
@@ -74,6 +75,23 @@ def test_a_prompt_s_text_is_its_own_in_a_batch_on_two_ranks_sharded_and_alone(ge
     assert [x["completion"] for x in plain] == [x["completion"] for x in found[:2]]
 
 
+def test_the_replay_of_two_ranks_is_one_page_of_all_prompts_that_ends_at_their_texts(
+    generate, tmp_path
+):
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two"}]
+    rows = [{"prompt": "one"}, {"messages": turns}, {"prompt": "a third </script>"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    arguments = ("prompts=p.jsonl", "replay=new/r.html", "batch_size=1")
+    done = generate(*arguments, "output=o.jsonl", launch=TWO_RANKS)
+    assert "; o.jsonl; new/r.html" in done.stderr
+    replays = page_data(tmp_path / "new/r.html")
+    texts = [x["completion"] for x in lines((tmp_path / "o.jsonl").read_text())]
+    assert [joined(played(x, len(x["steps"]))) for x in replays] == texts
+    assert [x["text"] for x in replays] == texts and all(x["length"] == 8 for x in replays)
+    shown = ["one", "system: be brief\n\nuser: two", "a third </script>"]
+    assert [x["prompt"] for x in replays] == shown
+
+
 def test_a_prompt_may_hold_equals_signs_and_what_yaml_would_read_otherwise(generate):
     for text in ("7 - 2 + 9 =", "[1, 2] = ${x}", "007"):
         assert lines(generate(f"prompt={text}").stdout)[0]["prompt"] == text
@@ -128,6 +146,17 @@ WRONG = {
     "negative temperature": (["prompt=a", "decoding.temperature=-1"], "temperature is -1"),
     "no weights": (["prompt=a", "checkpointer.checkpoint_dir=null"], "name the weights to use"),
     "output exists": (["prompt=a", "output=empty.txt"], "exists: name another"),
+    "replay exists": (["prompt=a", "replay=empty.txt"], "replay: empty.txt exists: name another"),
+    "replay in a file": (["prompt=a", "replay=empty.txt/r.html"], "empty.txt/r.html cannot be"),
+    "replay is a directory": (
+        ["prompt=a", "replay=run", "overwrite=True"],
+        "replay: run cannot be written: Is a directory",
+    ),
+    "output that cannot be written": (["prompt=a", "output=/proc/o"], "output: /proc/o cannot be"),
+    "one file for both": (
+        ["prompt=a", "replay=both", "output=both"],
+        "replay: both is output too: name another",
+    ),
     "an unknown sampler": (
         ["prompt=a", "sampler=mdm_plugin.generation.Best"],
         "cannot be imported",
