@@ -59,6 +59,7 @@ def train(output: Path, method: str, seed: int) -> dict[str, Any]:
         "metric_logger.organize_logs=False",
         "run_val_every_n_steps=92",
         "sample_rows=0",
+        *("objective=null", "optimizer=torch.optim.AdamW", "optimizer.lr=4e-3"),
     ]
     tune = Path(sys.executable).with_name("tune")
     command = [str(tune), "run", "mdm_full_finetune", "--config", "quickstart", *overrides]

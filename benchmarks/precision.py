@@ -29,6 +29,8 @@ PRECISIONS = {
 }
 SMALL = "optimizer.lr=5e-5"  # the 8B configs'
 EVERY = 60  # steps between two that are looked at
+# What the figures are of: the likelihood bound, and an optimizer that torchao has in bf16 too.
+ADAMW = ("objective=null", "optimizer=torch.optim.AdamW", "optimizer.lr=4e-3")
 CHECKS = ("run_val_every_n_steps=2000", "questions=null", "verifier=null", "sample_rows=0")
 
 
@@ -64,7 +66,7 @@ def run(out: Path, name: str, arguments: tuple[str, ...]) -> dict[str, Any]:
     file = out / f"{name.replace(', ', '-').replace(' ', '_')}.json"
     if not file.exists():
         script = [sys.executable, __file__, "--child", file]
-        where = [f"output_dir={file.with_suffix('')}", "save_every_n_epochs=1000", *CHECKS]
+        where = [f"output_dir={file.with_suffix('')}", "save_every_n_epochs=1000", *ADAMW, *CHECKS]
         command = [str(x) for x in (*script, *where, *arguments)]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True

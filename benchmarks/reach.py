@@ -109,7 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="directory")
     parser.add_argument("--epochs", type=int, nargs="*", default=[10, 20, 30, 40])
-    parser.add_argument("--lr", type=float, default=6e-3, help="of the recipe")
+    parser.add_argument("--lr", type=float, default=16e-3, help="of the recipe")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     quickstart = Quickstart()

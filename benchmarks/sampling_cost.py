@@ -42,7 +42,7 @@ def main() -> None:
     )
     model = build_model(lambda: instantiate(cfg, "model"), world, torch.float32)
     initialize_parameters(model, 0)
-    optimizer = instantiate(cfg, "optimizer", list(model.parameters()))
+    optimizer = instantiate(cfg, "optimizer", list(model.named_parameters()))
     loss = instantiate(cfg, "loss")
     sampler = ParetoOptimal()
     sampler.density = Density(torch.linspace(0, 1, 1025), torch.linspace(3, 0.5, 1025))

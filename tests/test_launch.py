@@ -23,7 +23,7 @@ def test_tune_script_trains_on_a_node_of_two_ranks(command, data_dir, tmp_path):
         GPUS="2",
         RESTARTS="0",
     )
-    assert "on 2 x cpu" in done.stdout + done.stderr and "torchao" not in done.stderr
+    assert "2 ranks on cpu" in done.stdout + done.stderr and "torchao" not in done.stderr
     assert (tmp_path / "out" / "step_2").is_dir()
 
 

@@ -21,17 +21,17 @@ def test_every_packaged_config_is_valid_with_any_component_s_arguments_known(nam
 
 
 def test_another_component_leaves_out_the_file_s_arguments_that_it_does_not_take(capsys):
-    assert load_config("quickstart", [], Options).timesteps.grid == 20
+    assert load_config("quickstart_lora", [], Options).timesteps.grid == 20
     for key in ("timesteps", "timesteps._component_"):
-        cfg = load_config("quickstart", [f"{key}=mdm_plugin.timesteps.Uniform"], Options)
+        cfg = load_config("quickstart_lora", [f"{key}=mdm_plugin.timesteps.Uniform"], Options)
         assert dict(cfg.timesteps) == {"_component_": "mdm_plugin.timesteps.Uniform"}
         assert "timesteps.grid: left out: mdm_plugin.timesteps.Uniform" in capsys.readouterr().out
     # What both take stays, and what the user gave is never left out.
-    cfg = load_config("quickstart", ["optimizer=torch.optim.SGD"], Options)
-    assert cfg.optimizer.lr == 4e-3 and "betas" not in cfg.optimizer
+    cfg = load_config("quickstart_lora", ["optimizer=torch.optim.SGD"], Options)
+    assert cfg.optimizer.lr == 8e-3 and "betas" not in cfg.optimizer
     with pytest.raises(UserError, match=r"timesteps\.grid: mdm_plugin\.timesteps\.Uniform takes"):
         load_config(
-            "quickstart", ["timesteps=mdm_plugin.timesteps.Uniform", "timesteps.grid=9"], Options
+            "quickstart_lora", ["timesteps=mdm_plugin.timesteps.Uniform", "timesteps.grid=9"], Options
         )
 
 

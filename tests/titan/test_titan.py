@@ -153,12 +153,14 @@ def test_two_ranks_of_each_kind_are_one_rank(titan):
     pareto = method("ParetoOptimal", "FixedCount")[:-1]  # with validation
     mirror = method("Uniform", "Mirror")
     learning = method("Adaptive", "FixedCount", bins=2, warmup_rows=1)
+    stream = method("ParetoStream", "FixedCount", grid=4, rows=4, masks=2, bins=4, decay=0.5)
     one = titan(
         1,
         {
             "one": {"arguments": pareto},
             "one_mirror": {"arguments": mirror},
             "one_learning": {"arguments": learning},
+            "one_stream": {"arguments": stream},
         },
     )
     pipeline = [
@@ -171,6 +173,8 @@ def test_two_ranks_of_each_kind_are_one_rank(titan):
         {
             "fsdp": {"arguments": [*pareto, "--training.local_batch_size", "4"]},
             "fsdp_learning": {"arguments": [*learning, "--training.local_batch_size", "2"]},
+            "fsdp_stream": {"arguments": [*stream, "--training.local_batch_size", "2"]},
+            "tensor_stream": {"arguments": [*stream, *split]},
             "tensor": {"arguments": [*pareto, *split]},
             "tensor_mirror": {"arguments": [*mirror, *split]},
             "pipeline_mirror": {"arguments": [*mirror, *pipeline]},
@@ -188,13 +192,17 @@ def test_two_ranks_of_each_kind_are_one_rank(titan):
     for name in ("fsdp", "tensor"):
         assert_close(steps(two[name]), steps(one["one"]))
         assert two[name][0]["logged"]["val/nelbo_nats_per_token"] == pytest.approx(nelbo, rel=1e-5)
-    weights = one["one_learning"][0]["logged"]["train/importance_weight_max"]
+    key = "train/importance_weight_max"
+    weights = one["one_stream"][0]["logged"][key]
+    assert len({round(x, 4) for x in weights}) == 3  # it follows, from the first step on
+    for name in ("fsdp_stream", "tensor_stream"):
+        assert two[name][0]["logged"][key] == pytest.approx(weights)
+        assert_close(steps(two[name]), steps(one["one_stream"]))
+    weights = one["one_learning"][0]["logged"][key]
     assert (
         weights[0] == pytest.approx(1) and weights[2] > 1.0003
     )  # it has learnt, from all ranks' losses
-    assert two["fsdp_learning"][0]["logged"]["train/importance_weight_max"] == pytest.approx(
-        weights
-    )
+    assert two["fsdp_learning"][0]["logged"][key] == pytest.approx(weights)
     assert_close(steps(two["fsdp_learning"]), steps(one["one_learning"]))
     assert_close(steps(two["tensor_mirror"]), steps(one["one_mirror"]))
     assert_close(steps(two["compiled"]), steps(one["one_mirror"]))
