@@ -27,7 +27,7 @@ def test_recipes_import_nothing_that_only_some_runs_use():
 
 
 def test_a_run_imports_only_what_it_uses_and_says_nothing_idle(command, tmp_path, data_dir):
-    """The quickstart by torchtune's own ``tune``, for the plain bound; and an answer of its model."""
+    """The quickstart by torchtune's own ``tune``, for the bound; and an answer of its model."""
     done = command(
         *(BIN / "tune", "run", "mdm_full_finetune", "--config", "quickstart", "prepare=null"),
         *(f"data_dir={data_dir}", f"output_dir={tmp_path}", "checkpointer.checkpoint_dir=null"),

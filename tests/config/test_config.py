@@ -31,7 +31,9 @@ def test_another_component_leaves_out_the_file_s_arguments_that_it_does_not_take
     assert cfg.optimizer.lr == 8e-3 and "betas" not in cfg.optimizer
     with pytest.raises(UserError, match=r"timesteps\.grid: mdm_plugin\.timesteps\.Uniform takes"):
         load_config(
-            "quickstart_lora", ["timesteps=mdm_plugin.timesteps.Uniform", "timesteps.grid=9"], Options
+            "quickstart_lora",
+            ["timesteps=mdm_plugin.timesteps.Uniform", "timesteps.grid=9"],
+            Options,
         )
 
 
