@@ -9,6 +9,8 @@ import numpy
 import torch
 from torch import Tensor
 
+TABLES = 256  # of counts that a density keeps, each for a number of positions
+
 
 class Density:
     """A probability density on [0, 1], linear between knots: pdf, cdf and quantile are exact.
@@ -86,6 +88,8 @@ class Density:
         functions, because W is quadratic between the knots.
         """
         if n not in self._tables:
+            if len(self._tables) >= TABLES:
+                self._tables.pop(next(iter(self._tables)))
             if self.is_uniform:
                 table = torch.arange(n + 1, dtype=torch.float64) / n
             else:
@@ -103,8 +107,9 @@ class Density:
             count * (count + 1) / (n * (n + 1)),
         )
         x, value, slope = self.knots.numpy(), self.values.numpy(), self._slopes.numpy()
+        degrees = 3 if slope.any() else 2  # a piecewise constant w has no squares in W
         below = [  # E[T^k; T < x], of T ~ Beta(l, n − l)
-            m * betainc(count + k, n - count, x) for k, m in enumerate(moments)
+            m * betainc(count + k, n - count, x) for k, m in enumerate(moments[:degrees])
         ]
         within = [b[:, 1:] - b[:, :-1] for b in below]
         x, value = x[:-1], value[:-1]
@@ -114,7 +119,7 @@ class Density:
             value - slope * x,
             slope / 2,
         )
-        sums = sum((p * w).sum(1) for p, w in zip(powers, within, strict=True))
+        sums = sum((p * w).sum(1) for p, w in zip(powers[:degrees], within, strict=True))
         inner = numpy.maximum.accumulate(numpy.clip(sums, 0, 1))
         return numpy.concatenate(([0.0], inner, [1.0]))
 
@@ -192,7 +197,8 @@ def _count_at(s: Tensor, n: Tensor, w: Density) -> Tensor:
     for size in n.unique().tolist():
         here = n == size
         edges = w.count_cdf(size) if size else s.new_zeros(1)
-        count[here] = torch.searchsorted(edges, s[here], right=True).clamp(max=size)
+        within = s[here].clamp(max=1 - 2**-53)  # 1 itself would be a count without a share
+        count[here] = torch.searchsorted(edges, within, right=True).clamp(max=size)
     return count
 
 

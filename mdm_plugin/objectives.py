@@ -37,7 +37,7 @@ def window(low: float, high: float) -> Density:
     edges += [(low, 1.0), (high, 1.0)]
     edges += [(high, 0.0), (1.0, 0.0)] if high < 1 else []
     knots, values = zip(*edges, strict=True)
-    return Density(torch.tensor(knots).double(), torch.tensor(values).double())
+    return Density(*(torch.tensor(x, dtype=torch.float64) for x in (knots, values)))
 
 
 def _check_window(low: float, high: float, names: str) -> None:

@@ -72,7 +72,10 @@ def _moved(knots: Tensor, values: Tensor, mix: float) -> Density:
     keep = torch.cat((knots.new_ones(1), knots.diff())) > 1e-9
     keep &= (knots > 0) & (knots < 1)
     whole = torch.cat((knots.new_zeros(1), knots[keep], knots.new_ones(1)))
-    values = torch.cat((values[:1], values[keep], values[-1:]))
+    # Of several at an end, where w has no share, the nearest counts.
+    first, last = values[knots <= 0][-1:], values[knots >= 1][:1]
+    ends = first if len(first) else values[:1], last if len(last) else values[-1:]
+    values = torch.cat((ends[0], values[keep], ends[1]))
     values = values / torch.trapezoid(values, whole)
     return Density(whole, (1 - mix) * values + mix)
 
@@ -178,8 +181,8 @@ class Adaptive(TimestepSampler):
         bins: of t.
         decay: of the sums, per step, in [0, 1).
         mix: λ of h = (1 − λ)·p + λ, in (0, 1]: weights stay below 1/λ.
-        warmup_rows: rows that a bin must have seen. Until each bin that w has a share in has, h is
-            uniform.
+        warmup_rows: rows that a bin must have seen to count. h is uniform until all bins have that
+            w has a share in of half of 1/bins or more; others are as their nearest.
 
     Raises:
         ValueError: on a value out of range.
@@ -205,12 +208,13 @@ class Adaptive(TimestepSampler):
     def density(self, w: Density) -> Density:
         """h of s = W(t), from what has been seen."""
         edges = torch.arange(self.bins + 1, dtype=torch.float64) / self.bins
-        used = w.cdf(edges).diff() > 0
-        if int(self.seen[used].min()) < self.warmup_rows:
+        share, known = w.cdf(edges).diff(), self.seen >= self.warmup_rows
+        if not known[share > 0.5 / self.bins].all():
             return uniform_density()
-        root = (self.sums[0] / self.sums[1].clamp(min=1e-12)).sqrt()[used]
+        known &= share > 0
+        root = (self.sums[0] / self.sums[1].clamp(min=1e-12)).sqrt()[known]
         root = root.clamp(min=float(root.max()) * 1e-6 + 1e-12)
-        middle = ((torch.arange(self.bins, dtype=torch.float64) + 0.5) / self.bins)[used]
+        middle = ((torch.arange(self.bins, dtype=torch.float64) + 0.5) / self.bins)[known]
         return _moved(w.cdf(middle), root, self.mix)
 
     def tally(self, t: Tensor, losses: Tensor) -> Tensor:

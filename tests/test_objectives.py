@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from mdm_plugin.density import Density, count_shares, count_weight, masked_count, opposite_count
+from mdm_plugin.density import (
+    TABLES,
+    Density,
+    count_shares,
+    count_weight,
+    masked_count,
+    opposite_count,
+)
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import (
     Bernoulli,
@@ -236,3 +243,22 @@ def test_pareto_optimal_is_unbiased_for_a_window_that_has_moved_since_its_probe(
 def test_values_out_of_range_are_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_the_end_of_a_window_gives_a_count_that_has_a_share():
+    """t = 1 is beyond (0.1, 0.3): the last count with a share, for each kind of mask by count."""
+    w, n = Window(0.1, 0.3)(0.0), 40
+    assert w.knots[1].item() == 0.1  # in fp64
+    t, size = torch.ones(3, dtype=torch.float64), torch.full((3,), n)
+    count = masked_count(t, size, w)
+    assert (count_shares(count, size, w) > 0).all()
+    u = torch.rand(3, n, generator=keyed_generator(1), dtype=torch.float64)
+    views = Systematic()(t, u, torch.ones(3, n, dtype=torch.bool), w)
+    assert views.inverse_p.isfinite().all() and (views.mask[0].sum(1) > 0).all()
+
+
+def test_a_density_keeps_the_tables_of_some_lengths():
+    w = Window(0.4, 1.0)(0.0)
+    for n in range(1, TABLES + 40):
+        w.count_cdf(n)
+    assert len(w._tables) == TABLES

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
 from mdm_plugin.density import Density, count_weight, uniform_density
 from mdm_plugin.noise import keyed_generator
-from mdm_plugin.objectives import Window
+from mdm_plugin.objectives import Widening, Window
 from mdm_plugin.timesteps import (
     Adaptive,
     ParetoOptimal,
@@ -148,6 +148,28 @@ def test_pareto_optimal_weights_are_bounded_and_it_wants_a_density_first():
     assert weight.max() <= 20
     with pytest.raises(RuntimeError, match="probe first"):
         ParetoOptimal()(8, keyed_generator(0), ELBO)
+
+
+def test_adaptive_learns_where_a_window_cuts_or_opens_a_bin():
+    """A sliver of a bin that no row falls into does not keep h uniform; it is as its nearest."""
+    sampler = Adaptive(bins=20, warmup_rows=5)
+    t = torch.linspace(0.7, 1, 2000, dtype=torch.float64)
+    sampler.update(sampler.tally(t, 3 * t**4))
+    for w in (Window(0.7, 1.0), Window(0.6999, 1.0), Widening(0.7, 1.0)):
+        w = w(1e-4)
+        h = sampler.density(w)
+        assert not h.is_uniform
+        low, high = h(w.cdf(torch.tensor([0.72, 0.98], dtype=torch.float64)))
+        assert float(high / low) > 2
+    assert sampler.density(Window(0.3, 1.0)(0.0)).is_uniform  # of most of it nothing is known
+
+
+def test_what_a_narrower_window_leaves_out_does_not_decide_at_its_edge():
+    sampler = ParetoOptimal(mix=0.01)
+    sampler.density = density_of((100, 1, 1, 1), mix=0.01)  # steep at 0
+    w = Window(0.5, 1.0)(0.0)
+    h = sampler(8, keyed_generator(0), w).density
+    assert float(h(torch.zeros(1).double())) < 1.1
 
 
 def test_states_come_back():

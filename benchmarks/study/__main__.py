@@ -41,6 +41,7 @@ STORED = HERE / "results"
 # What stored configs say, and how it is said now.
 RENAMED = {
     "  shift: true\n": "",  # an autoregressive model's was the loss's, and is its own
+    "  low: 0.4\n": "  low: 0.4000000059604645\n",  # edges were rounded to fp32
     "timesteps.Clipped\n": "timesteps.Stratified\n"
     "objective:\n  _component_: mdm_plugin.objectives.Window\n  low: 0.3\n  high: 0.8\n",
 }

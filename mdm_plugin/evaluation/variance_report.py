@@ -89,6 +89,8 @@ def write_report(
 def advice(lines: list[Line], objective: str) -> str:
     """What to take, in a line: the least variance for its forwards, and how many rows a step."""
     choice = [x for x in lines if x.measured.name != "Autoregressive"]
+    if not choice:
+        return "No advice: nothing here estimates the objective."
     best, first = min(choice, key=lambda x: x.at_forwards.value), lines[0].measured.name
     saved = 1 - best.at_forwards.value
     if best.at_forwards.high < 1:

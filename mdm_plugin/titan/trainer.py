@@ -171,6 +171,7 @@ class MDMTrainer(Trainer):
     def state_dict(self) -> dict[str, Any]:
         sampler = self.dataloader.timesteps
         state = {"kind": kind(sampler), "state": as_json("dataloader.timesteps", sampler)}
+        state["objective"], state["steps"] = self.config.dataloader.objective, self.dataloader.steps
         return {**super().state_dict(), "timesteps": json.dumps(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,6 +180,15 @@ class MDMTrainer(Trainer):
         name, place = "dataloader.timesteps", Path(self.config.dump_folder)
         check_parts({name: sampler}, {name: stored}, place, "name another --dump_folder")
         sampler.load_state_dict(stored["state"])
+        loader = self.dataloader
+        if (then := stored["objective"]) != self.config.dataloader.objective:
+            raise UserError(f"dataloader.objective: {place} was trained with {then}: restore it")
+        moves = loader.objective(0.0) is not loader.objective(1.0)
+        if moves and stored["steps"] != loader.steps:
+            raise UserError(
+                f"training.steps: {place} was to have {stored['steps']}, by which the objective "
+                f"moves, and the config has {loader.steps}: restore it"
+            )
 
 
 def refusal(config: Any) -> str | None:

@@ -288,12 +288,26 @@ def test_torchtitans_own_command_trains_and_resumes(command, home, tmp_path):
 
 
 def test_pareto_density_is_restored_with_a_checkpoint(titan, tmp_path):
-    """Steps 2 and 3 after a resume are those of the whole run, without a new probe."""
+    """Steps 2 and 3 after a resume are those of the whole run, without a new probe; what moves the
+    objective must be as it was."""
+    key = "--dataloader.objective"
     pareto = [*method("ParetoOptimal", "Bernoulli"), "--checkpoint.interval", "2"]
+    pareto += [key, "mdm_plugin.objectives.Widening"]
     whole = titan(1, {"pareto": {"arguments": pareto}})
     shutil.rmtree(tmp_path / "pareto" / "checkpoint" / "step-3")
     (tmp_path / "pareto" / "timesteps_step_0.json").unlink()
-    resumed = titan(1, {"pareto": {"arguments": pareto}})
+    for name in ("another", "longer"):
+        shutil.copytree(tmp_path / "pareto", tmp_path / name)
+    resumed = titan(
+        1,
+        {
+            "pareto": {"arguments": pareto},
+            "another": {"arguments": [*pareto[:-1], "mdm_plugin.objectives.ELBO"]},
+            "longer": {"arguments": [*pareto, "--training.steps", "5"]},
+        },
+    )
+    assert "was trained with mdm_plugin.objectives.Widening" in resumed["another"][0]["error"]
+    assert "was to have 3, by which the objective moves" in resumed["longer"][0]["error"]
     assert torch.equal(steps(resumed["pareto"]), steps(whole["pareto"])[2:])
     assert not list((tmp_path / "pareto").glob("timesteps_step_*.json"))
 
