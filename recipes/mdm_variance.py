@@ -38,9 +38,9 @@ from mdm_plugin.masking import NextToken
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.checks import (
+from mdm_plugin.training.checks import check_data
+from mdm_plugin.training.estimators import (
     as_estimator,
-    check_data,
     check_estimator,
     is_causal,
     read_objective,

@@ -22,6 +22,7 @@ FLOORS = [
     ["training"],
     ["generation"],
     ["evaluation"],
+    ["alignment"],
     ["quickstart"],
     ["titan"],
     ["doctor"],

@@ -16,7 +16,7 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount
 from mdm_plugin.timesteps import Stratified
-from mdm_plugin.training.checks import as_estimator
+from mdm_plugin.training.estimators import as_estimator
 from mdm_plugin.training.probe import fit
 from mdm_plugin.training.step import corrupted_step
 from tests.conftest import scalars, torchrun

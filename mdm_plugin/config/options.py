@@ -86,6 +86,23 @@ class Options:
 
 
 @dataclass
+class DPOOptions(Options):
+    """What mdm_dpo has besides, and what is another there."""
+
+    loss: dict[str, Any] = MISSING  # of preferences: torchtune.rlhf.loss.DPOLoss
+    bound: dict[str, Any] = MISSING  # MDMLoss: what an answer's bound is computed by
+    draws: int = 8  # forwards that each bound is estimated from; a multiple of the mask's views
+    share_noise: bool = False  # one noise for both answers of a preference
+    # precompute: the reference's bounds, once and before training, into output_dir/reference.
+    # model: a frozen copy. adapters_off: the model without its adapters.
+    reference: str = "precompute"
+    sft_weight: float = 0.05  # of the fine-tuning loss of the chosen answers
+    normalize: str = "sum"  # a bound is the sum over its answer's tokens; mean: beta is per token
+    batch_size: int = MISSING  # preferences per rank and micro-batch
+    train_eos_padding: bool = False  # True is refused: a bound depends on its own answer alone
+
+
+@dataclass
 class VarianceOptions:
     """mdm_variance's top-level keys, their types and defaults."""
 
@@ -136,7 +153,7 @@ class InferenceOptions:
     compile: bool = False  # torch.compile, of the layers
     data_parallel_shard_dim: int = 1  # ranks that hold one model together, by FSDP2; −1: all
     batch_size: int = 8  # prompts or rows per forward of a rank
-    seed: int = 0  # a text's is seed + its number
+    seed: int = 0  # a text's is seed + its number, counted over prompts and their samples
 
 
 @dataclass
@@ -148,6 +165,9 @@ class GenerateOptions(InferenceOptions):
     system_prompt: str | None = field(default=None, metadata={"verbatim": True})  # before it
     prompts: str | None = None  # a file of them, or - for stdin
     chat: bool = True  # a prompt is a user's turn; False: text to be continued
+    samples: int = 1  # texts for each prompt; several want a temperature
+    verifier: dict[str, Any] | None = None  # gives a function of (completion, row): is it right?
+    pairs: str | None = None  # JSON lines: a right answer and a wrong one, for mdm_dpo
     output: str | None = None  # JSON lines; None for stdout
     replay: str | None = None  # a page (HTML) that plays how each text was unmasked
     overwrite: bool = False  # output and replay may be there already

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def _check_config(cfg: DictConfig, checkpoint: Path) -> None:
         loaded: Any = OmegaConf.load(file)
         if "master_dtype" not in loaded:  # of a release that trained in ``dtype`` itself
             loaded["master_dtype"] = loaded["dtype"]
-        stored = OmegaConf.merge(OmegaConf.structured(Options), loaded)
+        options = OmegaConf.get_type(cfg)
+        known = options if is_dataclass(options) else Options
+        stored = OmegaConf.merge(OmegaConf.structured(known), loaded)
     except Exception as error:  # damaged, or of another version: of many kinds
         raise UserError(
             f"resume_from_checkpoint: {file} cannot be read as a run's config: name another "
