@@ -142,7 +142,8 @@ def add_gradient(
         rows = noisy.targets.rows % len(slopes)
         targets = noisy.targets._replace(weights=noisy.targets.weights * weights[rows])
         weighted = noisy._replace(targets=targets)
-        found.append(backward(model, loss, weighted, one, world, offloading))
+        result = backward(model, loss, weighted, one, world, offloading)
+        found.append(result._replace(batch=noisy))
     return found
 
 

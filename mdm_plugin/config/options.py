@@ -115,6 +115,8 @@ class VarianceOptions:
     estimators: dict[str, Any] = MISSING
     objective: dict[str, Any] | None = None  # what all of them estimate; None: the ELBO
     progress: float = 0.0  # the moment of training, 0 to 1, of an objective that moves
+    # {loss, reference: checkpointer, draws, repeats, sft_weight}: of mdm_dpo's score and gradient
+    preferences: dict[str, Any] | None = None
     # {model: component, checkpointer: component}: its variance is the line to compare with
     autoregressive: dict[str, Any] | None = None
     metric_logger: dict[str, Any] | None = None  # the same figures, in TensorBoard
