@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Python for a process of a fork server: `forked.py -m module …`, with its imports done already.
+"""Python, `forked.py -m module …`, or `forked.py tune …`, as a process of a fork server.
 
 FORKS names the socket of the server (tests/forks.py). Signals go on to the process; it is killed
 with this one, and its exit code is this one's.
@@ -37,7 +37,8 @@ class Forked:
 
 
 if __name__ == "__main__":
-    process = Forked(os.environ["FORKS"], sys.argv, os.getcwd(), dict(os.environ))
+    words = sys.argv[1:] if sys.argv[1] == "tune" else ["python", *sys.argv[1:]]
+    process = Forked(os.environ["FORKS"], words, os.getcwd(), dict(os.environ))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: process.signal(number))
     code = process.exit_code()

@@ -63,6 +63,10 @@ class Server:
 
         return self._socket
 
+    def environment(self) -> dict[str, str]:
+        """What has torchrun start its ranks here, and ``PYTHON`` the process that it stands for."""
+        return {"PYTHON_EXEC": str(PYTHON), "FORKS": self.socket}
+
     def run(self, words, ranks: int | None, cwd, env: dict[str, str], timeout: float = 300):
         """What a command prints and its exit code, as of ``subprocess.run``.
 
