@@ -88,10 +88,8 @@ def command(tmp_path, data_dir):
         env |= environment
         words, where = [str(a) for a in arguments], cwd or tmp_path
         # PYTHONPATH is read when Python starts, so it needs a Python of its own.
-        if words[0] == "tune" and "PYTHONPATH" not in environment:
-            done = forks.tune(words, where, env, timeout)
-        elif words[0] == sys.executable and "PYTHONPATH" not in environment:
-            done = forks.RECIPES.run(words, None, where, env, timeout)
+        if words[0] in (*forks.COMMANDS, sys.executable) and "PYTHONPATH" not in environment:
+            done = forks.command(words, where, env, timeout)
         else:
             done = subprocess.run(
                 words, cwd=where, env=env, capture_output=True, text=True, timeout=timeout

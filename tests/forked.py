@@ -17,7 +17,7 @@ class Forked:
 
     Args:
         server: the server's socket.
-        words: ``tune …``, ``python -m module …`` or ``python -c code …``.
+        words: ``tune …``, ``mdm …``, ``python -m module …`` or ``python -c code …``.
         streams: descriptors of its stdin, stdout and stderr.
     """
 

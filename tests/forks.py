@@ -19,8 +19,9 @@ from multiprocessing import connection
 from pathlib import Path
 
 import torch
-from torchtune._cli.tune import main
+from torchtune._cli import tune as torchtune
 
+from mdm_plugin import cli
 from tests.forked import Forked
 
 context = multiprocessing.get_context("forkserver")
@@ -31,6 +32,7 @@ context.set_forkserver_preload(
         *("scipy.optimize", "matplotlib.figure", "torch.utils.tensorboard"),  # runs import these
     ]
 )
+COMMANDS = {"tune": torchtune.main, "mdm": cli.main}
 PYTHON = Path(__file__).with_name("forked.py")  # in place of Python, where FORKS is set
 
 
@@ -101,10 +103,10 @@ RECIPES = Server()
 TITAN = Server("mdm_plugin.titan.llada", "mdm_plugin.titan.dream", "tests.titan.runs")
 
 
-def tune(words: list[str], cwd, env: dict[str, str], timeout: float):
-    """``tune …``; ``tune run --nproc_per_node N …`` has as many processes from the server."""
+def command(words: list[str], cwd, env: dict[str, str], timeout: float):
+    """A command; ``tune run --nproc_per_node N …`` has as many processes from the server."""
     ranks = None
-    if words[1:3] == ["run", "--nproc_per_node"]:
+    if words[:3] == ["tune", "run", "--nproc_per_node"]:
         ranks = int(words[3])
         words = [*words[:2], *words[4:]]
     return RECIPES.run(words, ranks, cwd, env, timeout)
@@ -181,9 +183,9 @@ def _command(request, streams) -> None:
     os.environ.update(request["env"])
     torch.set_num_threads(int(request["env"]["OMP_NUM_THREADS"]))
     words = [x for x in request["words"] if x != "-u"]
-    if words[0] == "tune":
+    if words[0] in COMMANDS:
         sys.argv = words
-        sys.exit(main())
+        sys.exit(COMMANDS[words[0]]())
     sys.path.insert(0, os.getcwd())
     _, kind, what, *rest = words
     sys.argv = [what if kind == "-m" else kind, *rest]
