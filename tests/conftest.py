@@ -24,12 +24,13 @@ BIN = Path(sys.executable).parent
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
+LONGEST = ("tests/titan/", "tests/test_journey.py", "tests/test_launch.py")
 PROCESSES = {"command", "tune", "torchtitan", "unbroken", "wheel"}
 
 
 def pytest_collection_modifyitems(items):
     # The longest first, or one of the two workers waits for the other's at the end.
-    items.sort(key=lambda item: "tests/titan/" not in item.nodeid)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     for item in items:  # they start processes
         if PROCESSES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
