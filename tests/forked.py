@@ -5,6 +5,7 @@ FORKS names the socket of the server (tests/forks.py). Signals go on to the proc
 with this one, and its exit code is this one's.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -29,7 +30,8 @@ class Forked:
         self.socket.sendall(json.dumps(request).encode() + b"\n")
 
     def signal(self, number: int) -> None:
-        self.socket.sendall(bytes([number]))
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self.socket.sendall(bytes([number]))
 
     def exit_code(self) -> int:
         """Wait for its end; negative: by a signal."""

@@ -4,6 +4,7 @@ What is imported takes longer than most of the tests' runs.
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -151,15 +152,16 @@ def _serve(place: str, user, modules: tuple[str, ...]) -> None:
                 asked = listener.accept()[0]
                 streams = socket.recv_fds(asked, 1, 3)[1]
                 with asked.makefile() as file:
-                    request = json.loads(file.readline())
-                running[asked] = fork.Process(target=_command, args=(request, streams))
-                running[asked].start()
+                    request = file.readline()
+                if request:  # else it was killed before it could ask
+                    running[asked] = fork.Process(target=_command, args=(request, streams))
+                    running[asked].start()
                 for stream in streams:
                     os.close(stream)
             for asked, child in list(running.items()):
                 if child.sentinel in ready:
                     child.join()
-                    if asked not in ready:  # else it was killed by closing it
+                    with contextlib.suppress(OSError):  # it may be closed
                         asked.sendall(str(child.exitcode).encode())
                     asked.close()
                     del running[asked]
@@ -174,15 +176,16 @@ def _signal(child, number: bytes) -> None:
         child.kill()
 
 
-def _command(request, streams) -> None:
+def _command(request: str, streams: list[int]) -> None:
     """As Python does with a command line."""
+    given = json.loads(request)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-    os.chdir(request["cwd"])
+    os.chdir(given["cwd"])
     os.environ.clear()
-    os.environ.update(request["env"])
-    torch.set_num_threads(int(request["env"]["OMP_NUM_THREADS"]))
-    words = [x for x in request["words"] if x != "-u"]
+    os.environ.update(given["env"])
+    torch.set_num_threads(int(given["env"]["OMP_NUM_THREADS"]))
+    words = [x for x in given["words"] if x != "-u"]
     if words[0] in COMMANDS:
         sys.argv = words
         sys.exit(COMMANDS[words[0]]())
