@@ -29,7 +29,14 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         *("tests.forks", "tests.faults.runs"),
-        *("mdm_full_finetune", "mdm_lora_finetune", "mdm_eval", "mdm_generate", "mdm_variance"),
+        *(
+            "mdm_full_finetune",
+            "mdm_lora_finetune",
+            "mdm_dpo",
+            "mdm_eval",
+            "mdm_generate",
+            "mdm_variance",
+        ),
         *("scipy.optimize", "matplotlib.figure", "torch.utils.tensorboard"),  # runs import these
     ]
 )

@@ -121,6 +121,27 @@ def bounds(
     return torch.stack(found, 1)
 
 
+@torch.no_grad()
+def token_bounds(
+    model: MDMTransformer, loss: MDMLoss, draws: Drawn, world: World, key: tuple[int | str, ...]
+) -> Tensor:
+    """What each place adds to a sequence's bound, in the mean over draws. [R, L], fp64, on the CPU.
+
+    A row's sum is B. The place of a token that no draw has masked adds 0. key: as in ``bounds``;
+    the draws are not packed.
+    """
+    rows, length = len(draws.n), draws.draws[0].noisy.shape[1]
+    found = torch.zeros(rows, length, dtype=torch.float64)
+    for d, noisy in enumerate(draws.draws):
+        seed_torch(*key, d)
+        here, targets = noisy.to(world.device), noisy.targets
+        ce = forward_loss(model, loss, here)[1].cpu().double()
+        row, place = targets.rows % rows, targets.positions % length
+        values = -ce * targets.weights * draws.n[row] / len(draws.draws)
+        found.index_put_((row, place), values, accumulate=True)
+    return found
+
+
 def add_gradient(
     model: MDMTransformer,
     loss: MDMLoss,
@@ -132,15 +153,20 @@ def add_gradient(
 ) -> list[Result]:
     """Add Σ_r slopes_r · ∇B_r to the parameters' gradients, one draw after another.
 
-    slopes: [R], ∂loss/∂B of each sequence, of a loss that is a sum over all ranks. loss: normalised
-    by the response. key: as in ``bounds``. Of each draw, what it gave: with the row losses l.
+    slopes: [R], ∂loss/∂B of each sequence, of a loss that is a sum over all ranks; or [R, L], of
+    what each place adds to it, of draws that are not packed. loss: normalised by the response. key:
+    as in ``bounds``. Of each draw, what it gave: with the row losses l.
     """
     one, found = torch.ones((), device=world.device), []
-    weights = (-slopes * draws.n / len(draws.draws)).float()
+    scale = draws.n if slopes.ndim == 1 else draws.n[:, None]
+    weights = (-slopes * scale / len(draws.draws)).float()
     for d, noisy in enumerate(draws.draws):
         seed_torch(*key, d)
         rows = noisy.targets.rows % len(slopes)
-        targets = noisy.targets._replace(weights=noisy.targets.weights * weights[rows])
+        own = weights[rows]
+        if slopes.ndim == 2:
+            own = own.gather(1, (noisy.targets.positions % slopes.shape[1])[:, None])[:, 0]
+        targets = noisy.targets._replace(weights=noisy.targets.weights * own)
         weighted = noisy._replace(targets=targets)
         result = backward(model, loss, weighted, one, world, offloading)
         found.append(result._replace(batch=noisy))

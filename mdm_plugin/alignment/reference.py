@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torchtune import training
 from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
-from mdm_plugin.alignment.bounds import Drawn, bounds, everywhere
+from mdm_plugin.alignment.bounds import Drawn, bounds, everywhere, token_bounds
 from mdm_plugin.checkpoint.checkpointer import Checkpointer
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.distributed.build import Build, build_model
@@ -28,6 +29,7 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import MDMTransformer
 
 KINDS = ("precompute", "model", "adapters_off")
+_KEY = ("reference",)  # of torch's generators: a reference has no dropout that they would be for
 
 
 class Reference:
@@ -38,27 +40,38 @@ class Reference:
         raise NotImplementedError
 
 
-class FrozenCopy(Reference):
+class Live(Reference):
+    """A reference that is there while the model is trained."""
+
+    def __init__(self, model: MDMTransformer, loss: MDMLoss, world: World) -> None:
+        self.model, self.loss, self.world = model, loss, world
+
+    def use(self) -> AbstractContextManager[None]:
+        """Within it, ``model`` is the reference."""
+        raise NotImplementedError
+
+    def bounds(self, step: int, micro_batches: Sequence[Drawn]) -> list[Tensor]:
+        with self.use():
+            return [bounds(self.model, self.loss, x, self.world, _KEY) for x in micro_batches]
+
+    def token_bounds(self, micro_batches: Sequence[Drawn]) -> list[Tensor]:
+        """What each place adds to the bounds of this rank's micro-batches. [R, L] each."""
+        with self.use():
+            return [token_bounds(self.model, self.loss, x, self.world, _KEY) for x in micro_batches]
+
+
+class FrozenCopy(Live):
     """A second model, sharded as the first, which is not trained."""
 
-    def __init__(self, model: MDMTransformer, loss: MDMLoss, world: World) -> None:
-        self.model, self.loss, self.world = model, loss, world
-
-    def bounds(self, step: int, micro_batches: Sequence[Drawn]) -> list[Tensor]:
-        return [bounds(self.model, self.loss, x, self.world, ("reference",)) for x in micro_batches]
+    def use(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
-class AdaptersOff(Reference):
+class AdaptersOff(Live):
     """The model under its adapters: no copy at all."""
 
-    def __init__(self, model: MDMTransformer, loss: MDMLoss, world: World) -> None:
-        self.model, self.loss, self.world = model, loss, world
-
-    def bounds(self, step: int, micro_batches: Sequence[Drawn]) -> list[Tensor]:
-        with disable_adapter(self.model):
-            return [
-                bounds(self.model, self.loss, x, self.world, ("reference",)) for x in micro_batches
-            ]
+    def use(self) -> AbstractContextManager[None]:
+        return disable_adapter(self.model)
 
 
 class Stored(Reference):

@@ -103,6 +103,35 @@ class DPOOptions(Options):
 
 
 @dataclass
+class GRPOOptions(Options):
+    """What mdm_grpo has besides, and what is another there."""
+
+    prompts: str = MISSING  # a file of them, as mdm_generate's
+    rewards: dict[str, Any] = MISSING  # name: {component of a function (completion, row), weight}
+    loss: dict[str, Any] = MISSING  # mdm_plugin.alignment.policy.PolicyLoss
+    bound: dict[str, Any] = MISSING  # MDMLoss: what an answer's bound is computed by
+    dataset: dict[str, Any] = field(default_factory=dict)  # none: the model writes its rows
+
+    # Answers
+    group_size: int = 8  # answers to each prompt
+    max_new_tokens: int = 256  # the longest answer
+    decoding: dict[str, Any] = MISSING  # Decoding, with a temperature
+    sampler: dict[str, Any] = MISSING  # Remasking, Threshold or Stable
+    reward_timeout: float = 10.0  # seconds that a reward may take for an answer
+    max_failed_rewards: float = 0.5  # a larger share of a step's answers without one ends the run
+
+    # Updates
+    batch_size: int = MISSING  # prompts per rank and micro-batch, each with group_size answers
+    updates: int = 1  # optimizer steps on the answers of a step
+    draws: int = 2  # forwards that each bound is estimated from; a multiple of the mask's views
+    share_noise: bool = True  # one noise for all updates of a step; else each has its own
+    by_deviation: bool = False  # divide advantages by their group's standard deviation
+    leave_one_out: bool = False  # compare an answer with the mean of the others
+    reference: str | None = None  # adapters_off or model, where the loss has a KL divergence
+    train_eos_padding: bool = False  # True is refused: answers end where the model ends them
+
+
+@dataclass
 class VarianceOptions:
     """mdm_variance's top-level keys, their types and defaults."""
 

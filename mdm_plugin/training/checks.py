@@ -85,7 +85,7 @@ def _check_options(cfg: DictConfig) -> None:
         raise UserError("keep_best_n: the best by validation, and run_val_every_n_steps is not set")
     if cfg.clip_grad_norm is not None and cfg.clip_grad_norm <= 0:
         raise UserError(f"clip_grad_norm: {cfg.clip_grad_norm}: use more than 0, or null")
-    if cfg.run_val_every_n_steps and cfg.dataset_val is None:
+    if cfg.run_val_every_n_steps and cfg.dataset_val is None and "prompts" not in cfg:
         raise UserError("run_val_every_n_steps: set, but there is no dataset_val: give one")
     if cfg.optimizer_in_bwd and cfg.clip_grad_norm is not None:
         raise UserError(

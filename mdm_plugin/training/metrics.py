@@ -117,13 +117,16 @@ class StepMetrics:
             return {"speed/seconds_per_step": math.nan}
         figures = {
             "train/loss": sums[0] / self._steps,
-            "train/masked_fraction": masked / eligible,
-            "train/importance_weight_mean": importance / rows,
-            "train/importance_weight_max": most,
             "speed/tokens_per_second": tokens / seconds,
             "speed/masked_tokens_per_second": masked / seconds,
             "speed/seconds_per_step": seconds / self._steps,
         }
+        if rows:
+            figures |= {
+                "train/masked_fraction": masked / eligible,
+                "train/importance_weight_mean": importance / rows,
+                "train/importance_weight_max": most,
+            }
         for i, (total, count) in enumerate(zip(by_t, rows_by_t, strict=True)):
             if count:
                 figures[f"train_loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = total / count
