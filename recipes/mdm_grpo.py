@@ -314,6 +314,9 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
     if cfg.draws % views:
         name = type(estimator.masking).__name__
         raise UserError(f"draws: {cfg.draws}: {name} has {views} views: use a multiple of {views}")
+    for key in ("dataset", "dataset_val"):
+        if cfg[key] is not None:
+            raise UserError(f"{key}: the model writes the rows that it learns from: set {key}=null")
     if cfg.objective is not None:
         raise UserError("objective: a policy is judged by bounds of the likelihood: leave it out")
     if estimator.loss.normalize != "response":

@@ -74,9 +74,10 @@ class FullyMasked(Masking):
 class Coupled(Masking):
     """The whole response masked, a part of it, and the rest (coupled-GRPO, apple/ml-diffucoder).
 
-    The part has the rate r = low + (high − low)·t. A token's estimate is the mean of its
-    log-probability in the first view and, over its rate, in that of the others where it is masked.
-    It is no bound of the likelihood: half of it is the first view's, and rates are a window's.
+    The part has the rate r = low + (high − low)·t. A token's estimate is half of its
+    log-probability in the first view, and half of that in the other view where it is masked, over
+    that one's rate. It is no bound of the likelihood: in the mean it is half of the fully masked
+    one and the whole of a window's bound, as each token is in one of the two with certainty.
 
     Args:
         low, high: of the rate.

@@ -13,7 +13,7 @@ class Options:
     # Components: {_component_: dotted.path, argument: value, …}
     tokenizer: dict[str, Any] = MISSING  # text to tokens: ids, mask token, chat template
     model: dict[str, Any] = MISSING  # its builder, with sizes
-    dataset: dict[str, Any] = MISSING  # the rows that are learnt
+    dataset: dict[str, Any] | None = MISSING  # the rows that are learnt
     optimizer: dict[str, Any] = MISSING  # torch.optim, torchao.optim, or Muon
     loss: dict[str, Any] = MISSING  # MDMLoss: how the loss is normalised
     timesteps: dict[str, Any] = MISSING  # the sampler of t: the masking rates
@@ -110,7 +110,7 @@ class GRPOOptions(Options):
     rewards: dict[str, Any] = MISSING  # name: {component of a function (completion, row), weight}
     loss: dict[str, Any] = MISSING  # mdm_plugin.alignment.policy.PolicyLoss
     bound: dict[str, Any] = MISSING  # MDMLoss: what an answer's bound is computed by
-    dataset: dict[str, Any] = field(default_factory=dict)  # none: the model writes its rows
+    dataset: dict[str, Any] | None = None  # none: the model writes the rows that it learns from
 
     # Answers
     group_size: int = 8  # answers to each prompt

@@ -22,6 +22,8 @@ def read_datasets(cfg: DictConfig, tokenizer: ChatTokenizer) -> tuple[Rows, Rows
         UserError: if a value is out of range, or the rows are held out and never looked at; and as
             the data sets' components.
     """
+    if cfg.dataset is None:
+        raise UserError("dataset: null: name the rows that are to be learnt")
     own = cfg.dataset_val or {}
     if "_component_" in own or "split" not in own:
         return instantiate(cfg, "dataset", tokenizer), instantiate(cfg, "dataset_val", tokenizer)

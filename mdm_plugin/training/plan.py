@@ -14,9 +14,10 @@ from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Split
 from mdm_plugin.data.batches import Batch
+from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.errors import UserError
-from mdm_plugin.models import MDMTransformer
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.training.batches import read_datasets
 from mdm_plugin.training.checks import check_adapters
 from mdm_plugin.training.estimators import (
@@ -70,7 +71,7 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     model = _fake_model(cfg, adapters, mode)
     check_estimator(estimator, is_causal(model))
     check_precision(cfg)
-    count = cfg.batch_size * together
+    count = cfg.batch_size * (cfg.group_size if "prompts" in cfg else together)
     size = count * ranks * accumulation
     length, lines = _data(cfg, model, size, estimator)
     length = -(-length // cfg.pad_to_multiple_of) * cfg.pad_to_multiple_of
@@ -83,6 +84,8 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     )
     shards = ranks // cfg.data_parallel_replicate_dim
     masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
+    if "prompts" in cfg:
+        lines.append(_answers(cfg, model, count))
     # A step's draws come one after another, as micro-batches do.
     parts = accumulation * _draws(cfg, estimator)
     job = Job(model, estimator, rows, mode, shards, parts, masters)
@@ -162,6 +165,8 @@ def _data(
     """The longest row, and lines on the run's length; from the data if they are there."""
     try:
         tokenizer = instantiate(cfg, "tokenizer")
+        if "prompts" in cfg:
+            return _of_prompts(cfg, tokenizer, size)
         rows, _ = read_datasets(cfg, tokenizer)
         batches = GlobalBatches(rows, Split(size), Padding(0), seed=cfg.seed)
     except UserError as error:
@@ -183,6 +188,29 @@ def _data(
         f"{steps * size * views + probe:,}, {probe:,} of them to probe the model; tokens without "
         f"filling: {tokens:,.0f}"
     ]
+
+
+def _of_prompts(cfg: DictConfig, tokenizer: ChatTokenizer, size: int) -> tuple[int, list[str]]:
+    """The longest row of a prompt and its answer, and a line on the run's length."""
+    prompts = read_prompts(tokenizer, prompts=cfg.prompts)
+    longest = max(len(x.ids) for x in prompts) + cfg.max_new_tokens
+    per_epoch = len(prompts) // (size // cfg.group_size)
+    steps = cfg.epochs * min(per_epoch, cfg.max_steps_per_epoch or per_epoch)
+    written = cfg.decoding.get("steps") or cfg.max_new_tokens
+    return longest, [
+        f"Steps: {steps:,}, each of {size} answers and {cfg.updates} updates; forwards: "
+        f"{steps * size * written:,} to write them, {steps * size * cfg.draws * cfg.updates * 2:,} "
+        "to learn from them"
+    ]
+
+
+def _answers(cfg: DictConfig, model: MDMTransformer, rows: int) -> str:
+    """A line on what writing answers takes for the moment."""
+    width = cfg.decoding.get("block_length") or cfg.max_new_tokens
+    size = rows * width * model.tok_embeddings.num_embeddings * 4
+    return (
+        f"Writing {rows} answers at once: {size / GIB:.2f} GiB of logits, of {width} positions each"
+    )
 
 
 def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:
