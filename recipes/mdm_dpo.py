@@ -101,6 +101,13 @@ class MDMPreferences(MDMFinetune):
                     f"reference: {self.reference.file.parent} lacks bounds, and the model has been "
                     "trained since: start a new run with another output_dir"
                 )
+            was = self.checkpointer.load_state(checkpoint)["reference"] if checkpoint else ""
+            if self.reference.model != was:
+                raise UserError(
+                    f"reference: {self.reference.file} is of another model than this run's: "
+                    "restore it, or start a new run with another output_dir"
+                )
+            self.identity["reference"] = was
 
     def begin(self) -> None:
         """The probe; then the reference's bounds, while the model still is the reference."""
@@ -108,7 +115,8 @@ class MDMPreferences(MDMFinetune):
         if self.cfg.reference != "precompute":
             return
         start = time.perf_counter()
-        self.reference, self.reference_val = self.stored(fingerprint(self.model))
+        self.identity["reference"] = fingerprint(self.model)
+        self.reference, self.reference_val = self.stored(self.identity["reference"])
         steps = len(self.reference.missing())
         self.reference.fill(self.own_bounds, self.micro_batches)
         if self.reference_val:
@@ -130,7 +138,8 @@ class MDMPreferences(MDMFinetune):
             "masking": OmegaConf.to_container(cfg.masking),
             **({} if model is None else {"model": model}),
         }
-        training = {**self.identity, **identity, "steps": self.total_steps}
+        rows = {key: self.identity[key] for key in ("global_batch_size", "data", "steps_per_epoch")}
+        training = {**rows, **identity, "steps": self.total_steps}
         shape = (self.total_steps, self.batches.size, self.draws.number)
         found = Stored(place / "train.npy", training, shape, self.world)
         if self.batches_val is None or self.rows_val is None:

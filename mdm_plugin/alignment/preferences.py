@@ -39,10 +39,8 @@ def check_loss(loss: object) -> nn.Module:
             f"loss: {name} takes no log-probabilities of chosen and rejected by policy and "
             f"reference: {first_line(error)}: use one such as torchtune.rlhf.loss.DPOLoss"
         ) from error
-    if (
-        not isinstance(found, tuple)
-        or [tuple(getattr(x, "shape", ())) for x in found] != [(3,)] * 3
-    ):
+    shapes = [list(x.shape) for x in found if isinstance(x, Tensor)]
+    if not isinstance(found, tuple) or shapes != [[3]] * 3:
         raise UserError(
             f"loss: {name} is to give three tensors [P]: losses, rewards of chosen, of rejected"
         )

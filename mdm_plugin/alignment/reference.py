@@ -113,6 +113,9 @@ class Stored(Reference):
                             f"this run has {value}: name another output_dir, or remove the file to "
                             "make it anew"
                         )
+                found = numpy.load(self.file, mmap_mode="r")
+                if found.shape != self.shape or found.dtype != numpy.float64:
+                    return f"reference: {self.file} is damaged: remove it, to make it anew"
                 return None
             self.file.parent.mkdir(parents=True, exist_ok=True)
             made = numpy.lib.format.open_memmap(self.file, "w+", numpy.float64, self.shape)
@@ -125,8 +128,13 @@ class Stored(Reference):
 
     def missing(self) -> list[int]:
         """The steps that are not known yet, the same on every rank."""
-        own = numpy.isnan(self.values[:, 0, 0]).nonzero()[0].tolist() if len(self.values) else []
+        own = numpy.isnan(self.values).any((1, 2)).nonzero()[0].tolist()
         return list(self.world.gather(own)[0])
+
+    @property
+    def model(self) -> str:
+        """The fingerprint of the model that gave the bounds."""
+        return str(json.loads(self.facts.read_text()).get("model"))
 
     def fill(
         self, given: Callable[[list[Drawn]], list[Tensor]], batches: Callable[[int], list[Drawn]]

@@ -30,13 +30,11 @@ def preference_dataset(
     bad_rows_file: str | None = None,
     **load_dataset_kwargs: Any,
 ) -> Rows:
-    """Preferences: rows of a chosen and of a rejected answer, one after another.
+    """Preferences: row 2k is a preference's chosen answer, and row 2k + 1 the rejected one.
 
-    A raw row is one of two kinds, torchtune's: the conversations ``chosen`` and ``rejected``, lists
-    of turns that differ in the last one alone, an assistant's; or a ``prompt``, a text or a list of
-    turns, with the texts ``chosen`` and ``rejected``. The last turn is the answer that is compared,
-    and all of it is eligible for masking; what is before it is prompt. Row 2k is a preference's
-    chosen answer and row 2k + 1 the rejected one.
+    A raw row has torchtune's conversations ``chosen`` and ``rejected``, lists of turns that differ
+    in the last one alone; or a ``prompt``, a text or turns, and ``chosen`` and ``rejected``, texts.
+    The last turn is the answer, all of it eligible for masking; what is before it is prompt.
 
     Args:
         column_map: names of the columns "prompt", "chosen" and "rejected" where they differ.

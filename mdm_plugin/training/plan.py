@@ -75,20 +75,13 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     size = count * ranks * accumulation
     length, lines = _data(cfg, model, size, estimator)
     length = -(-length // cfg.pad_to_multiple_of) * cfg.pad_to_multiple_of
-    rows = Batch(
-        torch.zeros(count, length, dtype=torch.long),
-        torch.ones(count, length, dtype=torch.bool),
-        None,
-        torch.rand(count, length, dtype=torch.float64),
-        torch.arange(count),
-    )
     shards = ranks // cfg.data_parallel_replicate_dim
     masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
     if "prompts" in cfg:
         lines.append(_answers(cfg, model, count))
     # A step's draws come one after another, as micro-batches do.
     parts = accumulation * _draws(cfg, estimator)
-    job = Job(model, estimator, rows, mode, shards, parts, masters)
+    job = Job(model, estimator, _rows(count, length), mode, shards, parts, masters)
     need = memory(cfg, job)
     if copy := _copy(cfg, model) / shards:
         need = need._replace(parameters=need.parameters + copy, peak=need.peak + copy)
@@ -108,6 +101,17 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
         f"A checkpoint: {_saved(cfg, job, need.optimizer * shards) / GIB:.2f} GiB",
     ]
     return "\n".join(out) + _fit(cfg, need, given)
+
+
+def _rows(count: int, length: int) -> Batch:
+    """Rows of which all may be masked."""
+    return Batch(
+        torch.zeros(count, length, dtype=torch.long),
+        torch.ones(count, length, dtype=torch.bool),
+        None,
+        torch.rand(count, length, dtype=torch.float64),
+        torch.arange(count),
+    )
 
 
 def _draws(cfg: DictConfig, estimator: Estimator) -> int:

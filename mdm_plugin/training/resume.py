@@ -27,7 +27,7 @@ _MAY_DIFFER = (
     "log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n keep_best_n "
     "enable_async_checkpointing max_skipped_steps loss_spike_z dataset_val run_val_every_n_steps "
     "val_draws sample_rows sample_new_tokens sample_steps questions max_questions verifier "
-    "optimizer.fused optimizer.foreach"
+    "optimizer.fused optimizer.foreach bound.chunk_size prompts reward_timeout max_failed_rewards"
 )
 
 
