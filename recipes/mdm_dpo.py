@@ -12,10 +12,10 @@ All parameters are trained, or a model's adapters, which have it as in mdm_lora_
 is as in mdm_full_finetune. Every option: ``DPOOptions`` in ``mdm_plugin/config/options.py``.
 """
 
+import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from mdm_full_finetune import MDMFinetune, run
@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from mdm_plugin.alignment import Drawn, Draws, add_gradient, bounds, drawn
-from mdm_plugin.alignment.bounds import everywhere, packed
+from mdm_plugin.alignment.bounds import check_draws, everywhere, packed
 from mdm_plugin.alignment.preferences import Compared, check_loss, compare
 from mdm_plugin.alignment.reference import (
     AdaptersOff,
@@ -37,9 +37,10 @@ from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import DPOOptions
 from mdm_plugin.contract import Estimator
-from mdm_plugin.data import GlobalBatches, Split
+from mdm_plugin.data import Rows
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.errors import UserError
+from mdm_plugin.noise import seed_of
 from mdm_plugin.training.step import Result
 
 
@@ -59,24 +60,9 @@ class MDMPreferences(MDMFinetune):
 
     def _setup_data(self, accumulation: int) -> None:
         super()._setup_data(accumulation)
-        self.batches_val: GlobalBatches | None = None
-        self.chosen_val = None
+        self.chosen_val: Rows | None = None
         if self.rows_val is not None:
-            pairs = len(self.rows_val) // 2
-            if pairs < self.world.size:
-                raise UserError(
-                    f"dataset_val: {pairs} preferences, and {self.world.size} ranks: give each one"
-                )
-            # Bounds are compared on all ranks at once: each has as many pairs as the others.
-            size = min(self.cfg.batch_size, pairs // self.world.size)
-            self.batches_val = GlobalBatches(
-                self.rows_val,
-                Split(2 * size, self.world.size, self.world.rank),
-                self.batches.padding,
-                seed=self.cfg.seed,
-                shuffle=False,
-            )
-            self.chosen_val = self.rows_val.choose(torch.arange(0, 2 * pairs, 2))
+            self.chosen_val = self.rows_val.choose(torch.arange(0, len(self.rows_val), 2))
 
     def _setup_model(self, checkpoint: Path | None) -> None:
         super()._setup_model(checkpoint)
@@ -95,19 +81,9 @@ class MDMPreferences(MDMFinetune):
     def _setup_state(self, checkpoint: Path | None) -> None:
         super()._setup_state(checkpoint)
         if self.cfg.reference == "precompute" and self.first_step:
-            self.reference, self.reference_val = self.stored()
-            if self.reference.missing() or (self.reference_val and self.reference_val.missing()):
-                raise UserError(
-                    f"reference: {self.reference.file.parent} lacks bounds, and the model has been "
-                    "trained since: start a new run with another output_dir"
-                )
-            was = self.checkpointer.load_state(checkpoint)["reference"] if checkpoint else ""
-            if self.reference.model != was:
-                raise UserError(
-                    f"reference: {self.reference.file} is of another model than this run's: "
-                    "restore it, or start a new run with another output_dir"
-                )
-            self.identity["reference"] = was
+            assert checkpoint is not None
+            self.identity["reference"] = self.checkpointer.load_state(checkpoint)["reference"]
+            self.reference, self.reference_val = self.stored(new=False)
 
     def begin(self) -> None:
         """The probe; then the reference's bounds, while the model still is the reference."""
@@ -116,48 +92,61 @@ class MDMPreferences(MDMFinetune):
             return
         start = time.perf_counter()
         self.identity["reference"] = fingerprint(self.model)
-        self.reference, self.reference_val = self.stored(self.identity["reference"])
+        self.reference, self.reference_val = self.stored(new=True)
         steps = len(self.reference.missing())
+        self.model.eval()  # what a reference gives is without dropout
         self.reference.fill(self.own_bounds, self.micro_batches)
         if self.reference_val:
-            self.reference_val.fill(self.own_bounds, self.micro_batches_val)
+            self.reference_val.fill(self.own_bounds, lambda _: self.micro_batches_val())
+        self.model.train()
         self.say(
             f"the reference's bounds of {steps} steps: {time.perf_counter() - start:.1f} s, "
             f"{self.reference.file}"
         )
 
-    def stored(self, model: str | None = None) -> tuple[Stored, Stored | None]:
-        """The files of the reference's bounds; ``model``: its fingerprint, where it is known."""
+    def stored(self, new: bool) -> tuple[Stored, Stored | None]:
+        """The files of the reference's bounds, to be made or there already."""
         cfg, place = self.cfg, Path(self.cfg.output_dir).expanduser() / "reference"
         identity = {
+            "model": self.identity["reference"],
             "seed": cfg.seed,
             "dtype": cfg.dtype,
             "draws": cfg.draws,
             "share_noise": cfg.share_noise,
             "timesteps": OmegaConf.to_container(cfg.timesteps),
+            "density": seed_of(json.dumps(self.estimator.timesteps.state_dict())),  # of a probe
             "masking": OmegaConf.to_container(cfg.masking),
-            **({} if model is None else {"model": model}),
         }
         rows = {key: self.identity[key] for key in ("global_batch_size", "data", "steps_per_epoch")}
-        training = {**rows, **identity, "steps": self.total_steps}
+        training = {**identity, **rows, "steps": self.total_steps}
         shape = (self.total_steps, self.batches.size, self.draws.number)
-        found = Stored(place / "train.npy", training, shape, self.world)
-        if self.batches_val is None or self.rows_val is None:
+        found = Stored(place / "train.npy", training, shape, self.world, new)
+        if self.rows_val is None:
             return found, None
-        size, steps = self.batches_val.size, self.batches_val.steps_per_epoch
-        identity |= {"data": self.rows_val.facts.fingerprint, "global_batch_size": size}
-        shape = (steps, size, self.draws.number)
-        return found, Stored(place / "val.npy", identity, shape, self.world)
+        identity["data"] = self.rows_val.facts.fingerprint
+        shape = (1, len(self.rows_val), self.draws.number)
+        return found, Stored(place / "val.npy", identity, shape, self.world, new)
 
     def micro_batches(self, step: int) -> list[Drawn]:
         """This rank's micro-batches of a step, each corrupted ``draws`` times."""
         place = self.place(step)
         return [self.drawn(x, ("mask", place)) for x in self.batches.micro_batches(place)]
 
-    def micro_batches_val(self, step: int) -> list[Drawn]:
-        """The same of validation, whose noise is another, and the same each time."""
-        assert self.batches_val is not None
-        return [self.drawn(x, ("val", step)) for x in self.batches_val.micro_batches(step)]
+    def micro_batches_val(self) -> list[Drawn]:
+        """This rank's share of the held-out preferences: as many micro-batches on each rank.
+
+        Their noise is a function of their numbers, and the same at each validation. A rank without
+        a preference of its own does another's once more.
+        """
+        assert self.rows_val is not None
+        pairs, world, found = len(self.rows_val) // 2, self.world, []
+        own = torch.arange(-(-pairs // world.size)) * world.size + world.rank
+        for part in (own % pairs).split(self.cfg.batch_size):
+            rows = (2 * part[:, None] + torch.arange(2)).flatten()
+            longest = int(self.rows_val.lengths_of(rows).max())
+            batch = self.batches.of(self.rows_val).collate(rows, rows, ("val",), longest)
+            found.append(self.drawn(batch, ("val",)))
+        return found
 
     def drawn(self, batch: Batch, key: tuple[int | str, ...]) -> Drawn:
         found = drawn(batch, self.estimator, self.draws, key)
@@ -222,24 +211,22 @@ class MDMPreferences(MDMFinetune):
         pairs, self.rows_val = self.rows_val, self.chosen_val
         super().validate(step)
         self.rows_val = pairs
-        assert self.batches_val is not None and self.reference_val is not None
-        sums: dict[str, float] = {}
-        steps = self.batches_val.steps_per_epoch
+        assert self.rows_val is not None and self.reference_val is not None
+        batches = self.micro_batches_val()
         self.model.eval()
-        for part in range(steps):
-            batch = self.micro_batches_val(part)
-            with self.ema.applied() if self.ema else nullcontext():
-                policy = self.own_bounds(batch)
-            reference = self.reference_val.bounds(part, batch)
-            found = self.compared(batch, policy, reference, self.batches_val.size)
-            for name, value in found.figures.items():
-                sums[name] = sums.get(name, 0.0) + value / steps
+        with self.ema.applied() if self.ema else nullcontext():
+            policy = self.own_bounds(batches)
+        reference = self.reference_val.bounds(0, batches)
         self.model.train()
-        figures: dict[str, Any] = {f"val_{name}": value for name, value in sums.items()}
+        found = self.compared(batches, policy, reference, len(self.rows_val))
+        names = {name: name.removeprefix("train/") for name in found.figures}
+        figures = {f"val_{names[name]}": value for name, value in found.figures.items()}
         self.metric_logger.log_dict(figures, step)
+        self.validated = {step: found.figures["train/loss_preferences"]}  # of keep_best_n
+        accuracy, margin = (found.figures[f"rewards/{x}"] for x in ("accuracy", "margin"))
         self.say(
-            f"step {step}/{self.total_steps}: held-out preferences: accuracy "
-            f"{sums['rewards/accuracy']:.3f}, margin {sums['rewards/margin']:.3f}"
+            f"step {step}/{self.total_steps}: held-out preferences: accuracy {accuracy:.3f}, "
+            f"margin {margin:.3f}"
         )
 
 
@@ -249,14 +236,8 @@ def check_options(cfg: DictConfig, estimator: Estimator) -> None:
     Raises:
         UserError: naming the key.
     """
-    masking, sampler, views = estimator.masking, estimator.timesteps, estimator.masking.views
-    name = type(masking).__name__
-    if cfg.draws < 1 or cfg.draws % views:
-        raise UserError(
-            f"draws: {cfg.draws}: {name} has {views} views, so use a multiple of {views}"
-            if views > 1
-            else f"draws: {cfg.draws}: use 1 or more"
-        )
+    sampler = estimator.timesteps
+    check_draws(estimator, cfg.draws)
     if cfg.objective is not None:
         raise UserError("objective: preferences compare bounds of the likelihood: leave it out")
     if estimator.loss.normalize != "response":

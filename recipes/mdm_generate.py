@@ -10,8 +10,8 @@
     tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… data_parallel_shard_dim=-1
 
 On a terminal the text is shown while it is being unmasked. Each rank holds the model and takes
-its share of the batches; a text depends on its seed (``seed`` + its number) alone. A model that one
-device cannot hold is sharded over data_parallel_shard_dim ranks: the same texts, slower.
+its share of the batches; a text's noise is a function of ``seed`` and its number alone. A model
+that one device cannot hold is sharded over data_parallel_shard_dim ranks: the same texts, slower.
 
 Every option with its default: ``GenerateOptions`` in ``mdm_plugin/config/options.py``.
 """
@@ -28,11 +28,11 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from mdm_plugin.config.components import instantiate
+from mdm_plugin.config.components import first_line, instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GenerateOptions
 from mdm_plugin.data.preferences import paired
-from mdm_plugin.data.prompts import read_prompts
+from mdm_plugin.data.prompts import Prompt, read_prompts
 from mdm_plugin.distributed.uneven import uneven_forwards
 from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
@@ -41,6 +41,7 @@ from mdm_plugin.evaluation.sharing import share
 from mdm_plugin.generation import Step, generate
 from mdm_plugin.generation.live import LiveText
 from mdm_plugin.generation.replay import Recorder, Replay, write_replays
+from mdm_plugin.noise import seed_of
 
 
 class MDMGenerate:
@@ -59,7 +60,7 @@ class MDMGenerate:
         if len(set(named)) < len(named):
             raise UserError("output, replay, pairs: two of them are one file: name another")
         self._check_samples()
-        self.verify = instantiate(cfg, "verifier")
+        self.verify, self.failed = instantiate(cfg, "verifier"), 0  # answers it failed at
         self.prompts = read_prompts(
             self.tokenizer, cfg.prompt, cfg.prompts, cfg.system_prompt, cfg.chat
         )
@@ -126,12 +127,13 @@ class MDMGenerate:
         rows = []
         for i, prompt in enumerate(self.prompts):
             own = lines[i * self.cfg.samples : (i + 1) * self.cfg.samples]
+            own = [x for x in own if x["right"] is not None]
             answers, right = [x["completion"] for x in own], [x["right"] for x in own]
             rows += paired(prompt.turns, answers, right)
         with self.pairs.open("w") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        share = sum(x["right"] for x in lines) / len(lines)
+        share = sum(bool(x["right"]) for x in lines) / len(lines)
         return f"; {share:.1%} right, {len(rows)} preferences: {self.pairs}"
 
     def generate(self, batch: list[int], live: LiveText | None) -> tuple[list[dict[str, Any]], int]:
@@ -151,7 +153,7 @@ class MDMGenerate:
             self.decoding,
             special=self.tokenizer,
             max_new_tokens=cfg.max_new_tokens,
-            seeds=[cfg.seed + i for i in batch],
+            seeds=[self.seed_of(i) for i in batch],
             on_step=on_step if live or recorder else None,
         )
         if live:
@@ -167,9 +169,25 @@ class MDMGenerate:
             if cfg.samples > 1:
                 line["sample"] = i % cfg.samples
             if self.verify:
-                line["right"] = bool(self.verify(text, prompt.row))
+                line["right"] = self.verified(text, prompt)
             lines.append(line)
         return lines, result.forwards
+
+    def seed_of(self, number: int) -> int:
+        """Of a text: a prompt's first sample has ``seed`` + its number."""
+        prompt, sample = divmod(number, self.cfg.samples)
+        seed = int(self.cfg.seed) + prompt
+        return seed_of(seed, "sample", sample) if sample else seed
+
+    def verified(self, text: str, prompt: Prompt) -> bool | None:
+        """Whether a text is right; None, and a line, where the verifier fails at it."""
+        try:
+            return bool(self.verify(text, prompt.row))
+        except Exception as error:  # a user's own; what has been written is not lost for it
+            if not self.failed:
+                tqdm.write(f"{prompt.place}: verifier: {first_line(error)}", file=sys.stderr)
+            self.failed += 1
+            return None
 
     def writer(self) -> Any:
         if self.output is None:

@@ -13,8 +13,9 @@ All parameters are trained, or a model's adapters. A stopped run goes on at a st
 the same answers. Every option: ``GRPOOptions`` in ``mdm_plugin/config/options.py``.
 """
 
-import math
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +25,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mdm_plugin.alignment import Drawn, Draws, add_gradient, drawn
-from mdm_plugin.alignment.bounds import everywhere, token_bounds
+from mdm_plugin.alignment.bounds import check_draws, everywhere, token_bounds
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import AdaptersOff, Live, check_reference, frozen_copy
 from mdm_plugin.alignment.rewards import advantages, read_rewards, score
-from mdm_plugin.alignment.rollouts import Rollout, roll_out
+from mdm_plugin.alignment.rollouts import Rollout, Writing, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GRPOOptions
@@ -40,6 +41,7 @@ from mdm_plugin.evaluation.exact_match import exact_match
 from mdm_plugin.evaluation.inference import read_decoding
 from mdm_plugin.evaluation.validation import read_questions
 from mdm_plugin.generation import Decoding
+from mdm_plugin.noise import seed_of
 from mdm_plugin.training.batches import global_batches
 from mdm_plugin.training.estimators import derived
 from mdm_plugin.training.metrics import TensorBoardLogger
@@ -89,6 +91,9 @@ class MDMReinforcement(MDMFinetune):
         cfg = self.cfg
         self.prompts: list[Prompt] = read_prompts(self.tokenizer, prompts=cfg.prompts)
         self.rows = Rows((x.ids, [True] * len(x.ids)) for x in self.prompts)
+        whole = [self.rows.facts.fingerprint, *(x.row for x in self.prompts)]  # with answers
+        name = f"{seed_of(json.dumps(whole, sort_keys=True, default=str)):016x}"
+        self.rows.facts = self.rows.facts._replace(fingerprint=name)
         self.rows_val = None
         self.questions = read_questions(cfg, self.tokenizer)
         if cfg.run_val_every_n_steps and self.questions is None:
@@ -149,7 +154,7 @@ class MDMReinforcement(MDMFinetune):
                 )
                 for i, draws in enumerate(noise[k])
             ]
-            self.policy_step(step, j, judged, figures)
+            self.policy_step(step, j, judged, figures if j == 0 else {})
 
     def answers(self, step: int) -> Rollout:
         """This rank's share of the step's answers, by the model as it is now."""
@@ -162,9 +167,8 @@ class MDMReinforcement(MDMFinetune):
             self.model,
             self.tokenizer,
             micro_batches,
-            cfg.group_size,
-            self.decoding,
-            cfg.max_new_tokens,
+            Writing(cfg.group_size, self.decoding, cfg.max_new_tokens),
+            self.batches.padding,
             self.world,
             (cfg.seed, "rollout", step),
         )
@@ -279,19 +283,15 @@ class MDMReinforcement(MDMFinetune):
                 self.tokenizer,
                 self.questions,
                 self.world,
-                max_new_tokens=cfg.sample_new_tokens,
+                max_new_tokens=cfg.max_new_tokens,
                 batch_size=cfg.batch_size * cfg.group_size,
-                decoding=Decoding(steps=min(cfg.sample_steps, cfg.sample_new_tokens)),
+                decoding=replace(self.decoding, temperature=0.0, top_p=None, top_k=None),
             )
         self.model.train(was_training)
         self.metric_logger.log_dict({"val/exact_match": answered.accuracy}, step)
         self.validated = {step: -answered.accuracy}  # keep_best_n keeps the lowest
         if isinstance(self.metric_logger, TensorBoardLogger) and self.shown:
-            text = "\n\n---\n\n".join(
-                f"**{prompt.text}**\n\n    " + answer.replace("\n", "\n    ")
-                for prompt, answer in zip(self.shown.prompts[0], self.shown.texts[0], strict=True)
-            )
-            self.metric_logger.log_text("answers", text, step)
+            self.metric_logger.log_text("answers", self.shown.markdown(), step)
         low, high = answered.interval()
         self.say(
             f"step {step}/{self.total_steps}: val/exact_match {answered.accuracy:.4f} "
@@ -305,15 +305,18 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
     Raises:
         UserError: naming the key.
     """
-    views, sampler = estimator.masking.views, type(estimator.timesteps).__name__
-    for key in ("group_size", "max_new_tokens", "updates", "draws"):
+    sampler = type(estimator.timesteps).__name__
+    for key in ("group_size", "max_new_tokens", "updates"):
         if cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
     if cfg.group_size < 2:
         raise UserError("group_size: 1: an answer is judged beside the others to its prompt")
-    if cfg.draws % views:
-        name = type(estimator.masking).__name__
-        raise UserError(f"draws: {cfg.draws}: {name} has {views} views: use a multiple of {views}")
+    check_draws(estimator, cfg.draws)
+    if loss.by_token and estimator.masking.by_count:
+        raise UserError(
+            f"loss.ratio: token with {type(estimator.masking).__name__}, whose tokens have the "
+            "weight N over the count: their ratios explode: use sequence, or the masking Coupled"
+        )
     for key in ("dataset", "dataset_val"):
         if cfg[key] is not None:
             raise UserError(f"{key}: the model writes the rows that it learns from: set {key}=null")
@@ -338,8 +341,6 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
         raise UserError("reference: precompute: answers are not known before: use model")
     if cfg.reward_timeout <= 0 or not 0 <= cfg.max_failed_rewards <= 1:
         raise UserError("reward_timeout, max_failed_rewards: use more than 0 s, and a share")
-    if math.isinf(cfg.reward_timeout):
-        raise UserError("reward_timeout: an endless one ends no reward that hangs")
 
 
 @parse(GRPOOptions)

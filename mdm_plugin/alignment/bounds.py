@@ -24,6 +24,7 @@ from torch import Tensor
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.distributed.world import World
+from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator, keyed_uniform, seed_torch
@@ -181,6 +182,29 @@ def everywhere(
     found: [R, …] of each of this rank's micro-batches; places: [R] of each.
     """
     whole = torch.zeros(size, *found[0].shape[1:], dtype=torch.float64)
+    known = torch.zeros(size, dtype=torch.float64)
     for values, at in zip(found, places, strict=True):
-        whole[at] = values.double().cpu()
-    return world.sum(whole).cpu()
+        whole[at], known[at] = values.double().cpu(), 1.0
+    count = world.sum(known).cpu().clamp(min=1)  # several ranks may know of the same one
+    return world.sum(whole).cpu() / count.view(-1, *[1] * (whole.ndim - 1))
+
+
+def check_draws(estimator: Estimator, forwards: int) -> None:
+    """Check that bounds can be estimated from so many forwards.
+
+    Raises:
+        UserError: if that is no number of the mask's views, or the sampler does not take it.
+    """
+    masking, sampler = estimator.masking, estimator.timesteps
+    if forwards < 1:
+        raise UserError(f"draws: {forwards}: use 1 or more")
+    if forwards % masking.views:
+        raise UserError(
+            f"draws: {forwards}: {type(masking).__name__} has {masking.views} views, so use a "
+            f"multiple of {masking.views}"
+        )
+    if sampler.probe_plan(estimator.w) is None:
+        try:
+            sampler(forwards // masking.views, keyed_generator(0), estimator.w)
+        except ValueError as error:
+            raise UserError(f"draws: {error}") from error

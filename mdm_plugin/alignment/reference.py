@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,21 @@ from tqdm import tqdm
 from mdm_plugin.alignment.bounds import Drawn, bounds, everywhere, token_bounds
 from mdm_plugin.checkpoint.checkpointer import Checkpointer
 from mdm_plugin.config.components import instantiate
-from mdm_plugin.distributed.build import Build, build_model
+from mdm_plugin.distributed.build import build_model
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import MDMTransformer
+from mdm_plugin.training.precision import build_options
 
 KINDS = ("precompute", "model", "adapters_off")
 _KEY = ("reference",)  # of torch's generators: a reference has no dropout that they would be for
+_TRAINED = (
+    "and the model has been trained since: restore the file and the options, or start a new run "
+    "with another output_dir"
+)
+_ANEW = "name another output_dir, or remove the file to make it anew"
 
 
 class Reference:
@@ -70,8 +76,16 @@ class FrozenCopy(Live):
 class AdaptersOff(Live):
     """The model under its adapters: no copy at all."""
 
+    @contextmanager
+    def _without(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        with disable_adapter(self.model):
+            yield
+        self.model.train(training)
+
     def use(self) -> AbstractContextManager[None]:
-        return disable_adapter(self.model)
+        return self._without()
 
 
 class Stored(Reference):
@@ -86,23 +100,40 @@ class Stored(Reference):
         identity: JSON of what the bounds depend on: the model, the data, the noise.
         shape: (steps, size, D): size sequences of a global batch.
         world: the ranks.
+        new: whether what is missing can be computed; else all of it must be there.
 
     Raises:
-        UserError: if the file is of another identity, or cannot be written.
+        UserError: if the file is of another identity, lacks bounds, or cannot be read or written.
     """
 
     def __init__(
-        self, file: Path, identity: Mapping[str, Any], shape: tuple[int, int, int], world: World
+        self,
+        file: Path,
+        identity: Mapping[str, Any],
+        shape: tuple[int, int, int],
+        world: World,
+        new: bool,
     ) -> None:
         self.file, self.shape, self.world = file, shape, world
         self.facts = file.with_suffix(".json")
-        failures = world.gather(self._open(identity) if world.rank == 0 else None)
-        if failures[0]:
-            raise UserError(failures[0])
-        self.values = numpy.load(file, mmap_mode="r+" if world.rank == 0 else "r")
+        self._agree(self._open(identity, new) if world.rank == 0 else None)
+        try:
+            self.values = numpy.load(file, mmap_mode="r+" if world.rank == 0 else "r")
+        except (OSError, ValueError) as error:
+            self._agree(f"reference: {file} cannot be read on rank {world.rank}: {error}")
+        else:
+            self._agree(None)
+        if not new and self.missing():
+            raise UserError(f"reference: {file} lacks bounds, {_TRAINED}")
 
-    def _open(self, identity: Mapping[str, Any]) -> str | None:
-        """Make the file if it is not there, on rank 0; what is wrong, if anything."""
+    def _agree(self, failure: str | None) -> None:
+        """Stop on all ranks if one has failed."""
+        for line in self.world.gather(failure):
+            if line:
+                raise UserError(line)
+
+    def _open(self, identity: Mapping[str, Any], new: bool) -> str | None:
+        """Make the file if it is not there and is to be, on rank 0; what is wrong, if anything."""
         try:
             if self.facts.is_file() and self.file.is_file():
                 stored = json.loads(self.facts.read_text())
@@ -110,13 +141,15 @@ class Stored(Reference):
                     if stored.get(key) != value:
                         return (
                             f"reference: {self.file} was made with {key} {stored.get(key)}, and "
-                            f"this run has {value}: name another output_dir, or remove the file to "
-                            "make it anew"
+                            f"this run has {value}: "
+                            + (_ANEW if new else "restore it, or start a new run elsewhere")
                         )
                 found = numpy.load(self.file, mmap_mode="r")
                 if found.shape != self.shape or found.dtype != numpy.float64:
-                    return f"reference: {self.file} is damaged: remove it, to make it anew"
+                    return f"reference: {self.file} is damaged: {_ANEW if new else _TRAINED}"
                 return None
+            if not new:
+                return f"reference: {self.file} is not there, {_TRAINED}"
             self.file.parent.mkdir(parents=True, exist_ok=True)
             made = numpy.lib.format.open_memmap(self.file, "w+", numpy.float64, self.shape)
             made[:] = numpy.nan
@@ -130,11 +163,6 @@ class Stored(Reference):
         """The steps that are not known yet, the same on every rank."""
         own = numpy.isnan(self.values).any((1, 2)).nonzero()[0].tolist()
         return list(self.world.gather(own)[0])
-
-    @property
-    def model(self) -> str:
-        """The fingerprint of the model that gave the bounds."""
-        return str(json.loads(self.facts.read_text()).get("model"))
 
     def fill(
         self, given: Callable[[list[Drawn]], list[Tensor]], batches: Callable[[int], list[Drawn]]
@@ -171,7 +199,7 @@ def frozen_copy(
         lambda: instantiate(cfg, "model"),
         world,
         training.get_dtype(cfg.dtype, device=world.device),
-        Build(compile=cfg.compile, cpu_offload=cfg.fsdp_cpu_offload),
+        build_options(cfg, world.device)._replace(masters=None, activation_checkpointing=False),
     )
     checkpointer.load_weights(model, cfg.seed)
     model.requires_grad_(False)

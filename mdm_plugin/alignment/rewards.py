@@ -88,11 +88,15 @@ def score(
                 if not math.isfinite(value):
                     raise ValueError(f"it gave {value}")
                 parts[reward.name][i] = value
-            except Exception as error:  # of a user's function: it may raise anything
+            except (Exception, SystemExit, _TooLong) as error:  # a user's own may raise anything
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 failures.append((i, f"rewards.{reward.name}: {reason}"))
     total = torch.stack([x.weight * parts[x.name] for x in rewards]).sum(0)
     return Scored(total, parts, failures)
+
+
+class _TooLong(BaseException):
+    """No Exception: a reward that catches those is ended all the same."""
 
 
 @contextmanager
@@ -103,10 +107,10 @@ def _limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"no answer within reward_timeout, {seconds:g} s")
+        raise _TooLong(f"no answer within reward_timeout, {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
@@ -172,9 +176,9 @@ def advantages(
     values = by_group.nan_to_num(0.0)
     change = torch.where(known, values - values.sum(1, keepdim=True) / count, 0)
     differs = (change.abs() > 1e-12).any(1)
+    variance = change.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
     if leave_one_out:
         change = change * count / (count - 1).clamp(min=1)
     if by_deviation:
-        variance = change.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
         change = change / variance.sqrt().clamp(min=1e-6)
     return torch.where(differs[:, None], change, 0).flatten(), differs

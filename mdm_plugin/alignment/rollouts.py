@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdm_plugin.data.batches import Batch
+from mdm_plugin.data.batches import Batch, Padding
 from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.distributed.uneven import uneven_forwards
 from mdm_plugin.distributed.world import World
@@ -32,14 +32,28 @@ class Rollout(NamedTuple):
     finished: float
     seconds: float
 
+    def markdown(self) -> str:
+        """The first micro-batch's prompts and answers."""
+        return "\n\n---\n\n".join(
+            f"**{prompt.text}**\n\n    " + answer.replace("\n", "\n    ")
+            for prompt, answer in zip(self.prompts[0], self.texts[0], strict=True)
+        )
+
+
+class Writing(NamedTuple):
+    """group: G, answers to a prompt. decoding, max_new_tokens: of each."""
+
+    group: int
+    decoding: Decoding
+    max_new_tokens: int
+
 
 def roll_out(
     model: MDMTransformer,
     tokenizer: ChatTokenizer,
     micro_batches: Sequence[tuple[list[Prompt], Tensor]],
-    group: int,
-    decoding: Decoding,
-    max_new_tokens: int,
+    how: Writing,
+    padding: Padding,
     world: World,
     key: tuple[int | str, ...],
 ) -> Rollout:
@@ -50,10 +64,11 @@ def roll_out(
 
     Args:
         micro_batches: prompts, and their places [P] among those of the step.
-        group: G.
+        how: G, and how answers are written.
+        padding: of the rows of prompts with answers.
         key: of the noise, e.g. ``(seed, "rollout", step)``.
     """
-    start, training = time.perf_counter(), model.training
+    start, training, group = time.perf_counter(), model.training, how.group
     model.eval()
     batches, texts, asked, tokens, ends = [], [], [], 0, 0
     with uneven_forwards(model, world):
@@ -63,15 +78,15 @@ def roll_out(
             written = generate(
                 model,
                 [x.ids for x in rows],
-                decoding,
+                how.decoding,
                 special=tokenizer,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=how.max_new_tokens,
                 seeds=[seed_of(*key, place) for place in at.tolist()],
             ).tokens.cpu()
             answers = [_to_its_end(x, tokenizer.eos_id) for x in written]
             ends += sum(int(x[-1] == tokenizer.eos_id) for x in answers)
             tokens += sum(len(x) for x in answers)
-            batches.append(_rows(rows, answers, at, tokenizer.pad_id))
+            batches.append(_rows(rows, answers, at, padding))
             texts.append([tokenizer.decode(x.tolist()) for x in answers])
             asked.append(rows)
     model.train(training)
@@ -85,9 +100,13 @@ def _to_its_end(tokens: Tensor, eos: int) -> Tensor:
     return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 
-def _rows(prompts: Sequence[Prompt], answers: Sequence[Tensor], places: Tensor, pad: int) -> Batch:
-    length = max(len(x.ids) + len(y) for x, y in zip(prompts, answers, strict=True))
-    tokens = torch.full((len(answers), length), pad)
+def _rows(
+    prompts: Sequence[Prompt], answers: Sequence[Tensor], places: Tensor, padding: Padding
+) -> Batch:
+    longest = max(len(x.ids) + len(y) for x, y in zip(prompts, answers, strict=True))
+    length = -(-longest // padding.multiple) * padding.multiple
+    length = length if padding.max_len is None else min(length, max(padding.max_len, longest))
+    tokens = torch.full((len(answers), length), padding.pad_id)
     eligible, real = torch.zeros(2, len(answers), length, dtype=torch.bool)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         first, end = len(prompt.ids), len(prompt.ids) + len(answer)

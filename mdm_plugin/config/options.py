@@ -184,7 +184,7 @@ class InferenceOptions:
     compile: bool = False  # torch.compile, of the layers
     data_parallel_shard_dim: int = 1  # ranks that hold one model together, by FSDP2; −1: all
     batch_size: int = 8  # prompts or rows per forward of a rank
-    seed: int = 0  # a text's is seed + its number, counted over prompts and their samples
+    seed: int = 0  # a text's is seed + its number; of further samples, of that and theirs
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Which rows a step trains on, and how they are laid out: functions of (seed, step) alone."""
 
+import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,6 +106,12 @@ class GlobalBatches:
         self.rows, self.split, self.padding = rows, split, padding
         self.seed, self.shuffle, self.layout = seed, shuffle, layout
         self._order: tuple[int, Tensor] | None = None
+
+    def of(self, rows: Rows) -> "GlobalBatches":
+        """The same for other rows: to ``collate`` them."""
+        other = copy.copy(self)
+        other.rows, other._order = rows, None
+        return other
 
     def row_indices(self, step: int) -> Tensor:
         """Rows of the global batch of ``step`` (0, 1, … over all epochs) by place, as numbered in

@@ -84,7 +84,10 @@ def _conversation(
     """(role, text) of each turn, the last one the answer."""
     answer = row.get(columns[which])
     if isinstance(answer, list):
-        return _turns(answer, columns[which], keys)
+        turns = _turns(answer, columns[which], keys)
+        if len(turns) > 1 or not isinstance(row.get(columns["prompt"]), list):
+            return turns
+        return [*_turns(row[columns["prompt"]], columns["prompt"], keys), *turns]
     if not isinstance(answer, str):
         raise BadRow(f"no conversation or text in {columns[which]!r} (columns: {', '.join(row)})")
     prompt = row.get(columns["prompt"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mdm_plugin.checkpoint.parts import Average
 from mdm_plugin.distributed.parameters import named_parameters
@@ -30,7 +31,7 @@ class EMA(Average):
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: use 0 up to below 1")
-        self.decay = decay
+        self.decay, self.model = decay, model
         self.trained = {n: p for n, p in named_parameters(model).items() if p.requires_grad}
         # In bf16 a change of 1 − d would be rounded away.
         self.average = {
@@ -66,7 +67,16 @@ class EMA(Average):
         try:
             for name, p in self.trained.items():
                 p.copy_(self.average[name])
+            self._reshard()
             yield
         finally:
             for name, p in self.trained.items():
                 p.copy_(own[name])
+            self._reshard()
+
+    def _reshard(self) -> None:
+        """Let go of what FSDP2 may still have gathered of other weights: without
+        ``fsdp_reshard_after_forward`` a forward without gradients leaves it there."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

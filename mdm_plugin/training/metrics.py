@@ -65,7 +65,8 @@ class StepMetrics:
         self._sums = torch.zeros(1 + 2 * T_BINS + 5, device=self.world.device)
         self._grad_norm: Any = torch.zeros((), device=self.world.device)
         self._steps = 0
-        self._values: dict[str, float] = {}
+        self._values: dict[str, list[float]] = {}
+        self._norms = 0
         self._importance_max = 0.0
         self._start = time.perf_counter()
 
@@ -99,10 +100,12 @@ class StepMetrics:
         values: what else is shown of it, the same on every rank.
         """
         for name, value in (values or {}).items():
-            self._values[name] = self._values.get(name, 0.0) + value
+            self._values.setdefault(name, []).append(value)
         for result in results:
             self._micro_batch(result)
-        self._grad_norm = None if grad_norm is None else self._grad_norm + grad_norm.detach()
+        if grad_norm is not None:
+            self._grad_norm = self._grad_norm + grad_norm.detach()
+            self._norms += 1
         self._steps += 1
 
     def report(self) -> dict[str, float]:
@@ -116,13 +119,13 @@ class StepMetrics:
             self._reset()
             return {"speed/seconds_per_step": math.nan}
         figures = {
-            "train/loss": sums[0] / self._steps,
             "speed/tokens_per_second": tokens / seconds,
             "speed/masked_tokens_per_second": masked / seconds,
             "speed/seconds_per_step": seconds / self._steps,
         }
         if rows:
             figures |= {
+                "train/loss": sums[0] / self._steps,
                 "train/masked_fraction": masked / eligible,
                 "train/importance_weight_mean": importance / rows,
                 "train/importance_weight_max": most,
@@ -130,9 +133,9 @@ class StepMetrics:
         for i, (total, count) in enumerate(zip(by_t, rows_by_t, strict=True)):
             if count:
                 figures[f"train_loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = total / count
-        if self._grad_norm is not None:
-            figures["train/grad_norm"] = self._grad_norm.item() / self._steps
-        figures.update({name: total / self._steps for name, total in self._values.items()})
+        if self._norms:
+            figures["train/grad_norm"] = self._grad_norm.item() / self._norms
+        figures.update({name: sum(x) / len(x) for name, x in self._values.items()})
         figures.update({f"memory/{k}": v for k, v in memory_gib(self.world.device).items()})
         self._reset()
         return figures

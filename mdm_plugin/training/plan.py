@@ -77,8 +77,6 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     length = -(-length // cfg.pad_to_multiple_of) * cfg.pad_to_multiple_of
     shards = ranks // cfg.data_parallel_replicate_dim
     masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
-    if "prompts" in cfg:
-        lines.append(_answers(cfg, model, count))
     # A step's draws come one after another, as micro-batches do.
     parts = accumulation * _draws(cfg, estimator)
     job = Job(model, estimator, _rows(count, length), mode, shards, parts, masters)
@@ -86,6 +84,12 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     if copy := _copy(cfg, model) / shards:
         need = need._replace(parameters=need.parameters + copy, peak=need.peak + copy)
         lines.append(f"Of the parameters, the reference's copy: {copy / GIB:.2f} GiB")
+    if "prompts" in cfg:
+        # Logits, what is sampled of them in fp64, and the model at rest.
+        writing = 3 * _logits(cfg, model, count)
+        lines.append(f"Writing {count} answers at once: {writing / GIB:.2f} GiB for their logits")
+        resting = need.parameters + need.gathered + need.optimizer
+        need = need._replace(peak=max(need.peak, resting + writing))
     total = sum(p.numel() for p in model.parameters())
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     out = [
@@ -201,20 +205,20 @@ def _of_prompts(cfg: DictConfig, tokenizer: ChatTokenizer, size: int) -> tuple[i
     per_epoch = len(prompts) // (size // cfg.group_size)
     steps = cfg.epochs * min(per_epoch, cfg.max_steps_per_epoch or per_epoch)
     written = cfg.decoding.get("steps") or cfg.max_new_tokens
+    # Each update: bounds, and their gradients; those of the old policy, and the reference's.
+    noise = 1 if cfg.share_noise else cfg.updates
+    passes = 2 * cfg.updates + noise - 1 + noise * (cfg.reference is not None)
     return longest, [
         f"Steps: {steps:,}, each of {size} answers and {cfg.updates} updates; forwards: "
-        f"{steps * size * written:,} to write them, {steps * size * cfg.draws * cfg.updates * 2:,} "
-        "to learn from them"
+        f"{steps * size * written:,} to write them, {steps * size * cfg.draws * passes:,} to learn "
+        "from them"
     ]
 
 
-def _answers(cfg: DictConfig, model: MDMTransformer, rows: int) -> str:
-    """A line on what writing answers takes for the moment."""
+def _logits(cfg: DictConfig, model: MDMTransformer, rows: int) -> int:
+    """Bytes of the logits of a block of some answers, in fp32."""
     width = cfg.decoding.get("block_length") or cfg.max_new_tokens
-    size = rows * width * model.tok_embeddings.num_embeddings * 4
-    return (
-        f"Writing {rows} answers at once: {size / GIB:.2f} GiB of logits, of {width} positions each"
-    )
+    return int(rows * width * model.tok_embeddings.num_embeddings * 4)
 
 
 def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:
@@ -242,7 +246,8 @@ def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:
     elif cfg.batch_size > 1:
         advice = f"set batch_size={cfg.batch_size // 2}, and gradient_accumulation_steps to match"
     else:
-        advice = "set a smaller tokenizer.max_seq_len, or loss.chunk_size"
+        key = "bound" if "bound" in cfg else "loss"
+        advice = f"set a smaller tokenizer.max_seq_len, or {key}.chunk_size"
     raise UserError(
         f"dry_run: {need.peak / GIB:.1f} GiB on each rank do not fit {room:.1f} GiB: {advice}"
     )
