@@ -41,7 +41,7 @@ recipes, with an example of each:
   mdm_variance         how noisy are the estimators, and by what
                          mdm run mdm_variance --config quickstart_variance
   mdm_generate         write text
-                         mdm run mdm_generate --config quickstart_generate prompt="3 + 4 - 5 ="
+                         mdm run mdm_generate --config quickstart_generate prompts=my.jsonl
   mdm_eval             bounds, right answers, tasks of lm-eval
                          mdm run mdm_eval --config quickstart_eval
 """

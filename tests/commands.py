@@ -73,6 +73,7 @@ def commands(page: Path) -> list[Command]:
         if not words or words[0] not in PROGRAMS or "…" in words:
             continue
         needed = "--config" if words[:2] == ["tune", "run"] else words[-1]
-        if len(words) > (2 if words[0] == "tune" else 1) and needed in words:
+        bare = words[0] == "tune" or words[1:] in (["cp"], ["cat"], ["run"])
+        if len(words) > (2 if bare else 1) and needed in words:
             found.append(command)
     return found

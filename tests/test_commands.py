@@ -95,10 +95,12 @@ def machine(data_dir, tmp_path_factory):
     rows = (data_dir / "val.jsonl").read_text().splitlines(keepends=True)
     for file, count in (("train.jsonl", 128), ("val.jsonl", 8), ("test.jsonl", 8)):
         (home / file).write_text("".join(rows[:count]))
-    for name, count in (("my", 32), ("test", 8), ("shared/my", 32), ("data/train", 32)):
+    for name, count in (("my", 64), ("test", 8), ("shared/my", 32), ("data/train", 32)):
         file = place / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join(rows[:count]))
+    pairs = [json.dumps({"input": "7 - 2 =", "output": "5"}) + "\n"] * 64
+    (place / "pairs.jsonl").write_text("".join(pairs))
     texts = [turn["content"] for row in map(json.loads, rows) for turn in row["messages"]]
     for family in FAMILIES:
         base = place / family
@@ -136,7 +138,9 @@ def cut(recipe: str, config: str, given: list[str], place: Path) -> list[str]:
         if not any(x.startswith("checkpoint_dir=") for x in given):
             cuts.append(f"checkpoint_dir={place / family}")
         if recipe.endswith("finetune"):
-            cuts += [*SHORT, "epochs=1", "max_steps_per_epoch=1", "compile=False"]
+            other = any(x.startswith("timesteps=") and "Pareto" not in x for x in given)
+            cuts += [x for x in SHORT if not (other and x.startswith("timesteps."))]
+            cuts += ["epochs=1", "max_steps_per_epoch=1", "compile=False"]
             cuts += ["save_every_n_steps=null", "dataset_val.max_rows=4", "val_draws=2"]
         elif recipe == "mdm_eval":
             cuts += ["tokenizer.max_seq_len=160", "draws=2"]

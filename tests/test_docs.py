@@ -15,11 +15,14 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from omegaconf import MISSING
 
+from mdm_plugin.cli import RECIPES
 from mdm_plugin.config import options
+from mdm_plugin.config.loading import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("*.md"))
-PLAIN = ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/8b.md"]
+PLAIN = ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/8b.md", "docs/cpu.md"]
+PLAIN += ["docs/one-gpu.md", "docs/slurm.md", "docs/moving.md", "docs/data.md"]
 CLASSES = [options.Options, options.VarianceOptions, options.GenerateOptions, options.EvalOptions]
 
 
@@ -88,6 +91,20 @@ def test_no_sentence_of_the_first_pages_has_more_than_35_words(page):
         assert len(words) <= 35, sentence
 
 
+def test_what_moving_names_on_our_side_are_options():
+    """Each key=value and key of the tables' second column, in the config that it is for."""
+    cells = re.findall(r"^\| .+? \| (.+) \|$", (ROOT / "docs/moving.md").read_text(), re.M)
+    words = [x for code in re.findall(r"`([^`]+)`", " ".join(cells)) for x in code.split()]
+    given = [x for x in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", x)]
+    assert len(given) > 10
+    load_config("llada/8B_lora", given, options.Options)
+    known = {x.name for cls in CLASSES for x in dataclasses.fields(cls)} | {"checkpoint_dir"}
+    keys = [x for x in words if re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", x)]
+    commands = {"tune", "run", "download", "qlora", "from_autoregressive", *RECIPES}
+    commands |= {"response", "mix"}  # a value, and a word of the text
+    assert len(keys) > 20 and {x.split(".")[0] for x in keys} - commands <= known
+
+
 SITE = runpy.run_path(str(ROOT / "docs/pages.py"))
 
 
@@ -110,8 +127,6 @@ def test_the_reference_lists_each_option_with_its_default_and_what_it_is(cls):
 
 @pytest.mark.parametrize("recipe", SITE["recipes"]())
 def test_a_recipe_s_page_has_the_options_of_its_class(recipe):
-    from mdm_plugin.cli import RECIPES
-
     assert recipe in RECIPES and len(SITE["recipes"]()) == len(RECIPES)
     page = SITE["options_page"](recipe)
     cls = {"mdm_variance": CLASSES[1], "mdm_generate": CLASSES[2], "mdm_eval": CLASSES[3]}
