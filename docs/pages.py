@@ -230,10 +230,11 @@ def rewritten(text: str, origin: str, here: str) -> str:
 
 
 def on_config(config: Any) -> Any:
-    """The version under each page; the generated pages in the navigation, under Reference."""
+    """The version on each page; the generated pages in the navigation, under Reference."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     config.copyright = f"{project['name']} {project['version']}, {project['license']}"
+    config.site_name += f" {project['version']}"
     pages = list(generated())
     api = [x for x in pages if x.startswith("reference/api/")]
     for part in config.nav:

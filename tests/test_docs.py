@@ -2,19 +2,23 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from omegaconf import MISSING
 
+import mdm_plugin
 from mdm_plugin.cli import RECIPES
 from mdm_plugin.config import options
 from mdm_plugin.config.loading import load_config
@@ -63,6 +67,13 @@ def test_a_broken_link_is_found(tmp_path):
     (tmp_path / "there.md").write_text("# A title, here\n")
     text = "[a](there.md#a-title-here) [b](gone.md) ![c](gone.png) [d](there.md#gone) `[e](code)`"
     assert broken(text, tmp_path) == ["gone.md", "gone.png", "there.md#gone"]
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert mdm_plugin.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == version
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda x: x.name)
@@ -149,6 +160,29 @@ def test_links_out_of_docs_are_pages_of_the_site():
         "[a](source/mdm_plugin/loss.py.md) [b](contributing.md#set-up) [c](8b.md) [d](gone.md)"
     )
     assert SITE["rewritten"]("[a](docs/8b.md)", "CHANGELOG.md", "a/b.md") == "[a](../8b.md)"
+
+
+FIGURES = runpy.run_path(str(ROOT / "docs/figures.py"))
+
+
+def test_the_figures_are_of_the_masks_themselves_and_of_what_was_measured():
+    """``python docs/figures.py``, but for the files; facts that any such measurement must have."""
+    views, masks = FIGURES["views"], FIGURES["MASKS"]
+    assert not views(masks["Mirror"], 0.25).all(0).any()  # a pair of light masks is disjoint
+    assert views(masks["Complement"], 0.25).any(0).all()
+    assert views(masks["Rotation(4)"], 0.25).sum(0).float().mean() == pytest.approx(1, abs=0.05)
+    assert views(masks["FixedCount"], 0.25).sum() == 7  # ⌊0.25·24⌋ + 1
+    kept = json.loads(FIGURES["MEASURED"].read_text())
+    for state in kept["stream"].values():
+        knots, values = (torch.tensor(state[x]) for x in ("knots", "values"))
+        assert torch.trapezoid(values, knots) == pytest.approx(1, abs=1e-6)
+        assert values.min() >= 0.2 - 1e-6  # mix
+    for lines in kept["parts"].values():
+        assert sum(lines["Standard"][x] for x in "ABC") == pytest.approx(1, abs=0.01)
+        assert lines["MIRROR"]["A"] < lines["Standard"]["A"]
+    for draw, name in (("masks", None), ("densities", "stream"), ("parts", "parts")):
+        assert FIGURES[f"draw_{draw}"](*([kept[name]] if name else [])).axes
+        assert (ROOT / f"docs/{draw}.png").is_file()
 
 
 # CONTRIBUTING's worked changes.
