@@ -92,7 +92,9 @@ def chat_dataset(
 def _check_turns(row: Mapping[str, Any], column: str, role: str, content: str) -> None:
     turns = row.get(column)
     if not isinstance(turns, list):
-        raise BadRow(f"no list {column!r} (columns: {', '.join(row)})")
+        raise BadRow(
+            f"no list {column!r} (columns: {', '.join(row)}); pairs of texts go by instruct_dataset"
+        )
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not all(
             isinstance(turn.get(k), str) for k in (role, content)
