@@ -178,8 +178,12 @@ def test_the_figures_are_of_the_masks_themselves_and_of_what_was_measured():
         assert torch.trapezoid(values, knots) == pytest.approx(1, abs=1e-6)
         assert values.min() >= 0.2 - 1e-6  # mix
     for lines in kept["parts"].values():
-        assert sum(lines["Standard"][x] for x in "ABC") == pytest.approx(1, abs=0.01)
-        assert lines["MIRROR"]["A"] < lines["Standard"]["A"]
+        whole = {name: sum(x[part] for part in FIGURES["PARTS"]) for name, x in lines.items()}
+        assert whole["Standard"] == pytest.approx(1, abs=1e-3)
+        assert whole["Complement"] < whole["FixedCount"] < 1  # at equal rows
+        for name, x in lines.items():
+            assert x["interval"][0] - 1e-3 <= whole[name] <= x["interval"][1] + 1e-3
+            assert x["AB"] == 0 or x["A"] == x["B"] == 0
     for draw, name in (("masks", None), ("densities", "stream"), ("parts", "parts")):
         assert FIGURES[f"draw_{draw}"](*([kept[name]] if name else [])).axes
         assert (ROOT / f"docs/{draw}.png").is_file()
