@@ -26,7 +26,7 @@ COPIED = {
     "README.md": "index.md",  # the front page is the README in short
 }
 MATHS = ("contract", "objectives", "timesteps", "masking", "density", "pareto", "loss")
-MATHS += ("variance", "noise", "errors")
+MATHS += ("variance", "noise", "errors", "doctor")
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[#)])")
 
 

@@ -154,6 +154,20 @@ def test_every_packaged_config_is_in_the_gallery_as_it_is():
         assert f"```yaml\n{file.read_text().rstrip()}\n```" in page
 
 
+INTERNAL = {"cli", "quiet", "torchtune_internals"}  # commands, and what only our code uses
+
+
+def test_every_module_has_its_place_in_the_api():
+    """And so every public name: mkdocstrings shows all of a module; the built site is checked."""
+    places = {x: make() for x, make in SITE["generated"]().items() if "/api/" in x}
+    shown = set(re.findall(r"^::: (\S+)", "\n".join(places.values()), re.M))
+    files = (ROOT / "mdm_plugin").rglob("*.py")
+    parts = [x.relative_to(ROOT).with_suffix("").parts for x in files if x.stem != "__init__"]
+    assert {".".join(x) for x in parts if x[1] not in INTERNAL} == shown
+    for name in ("doctor", "generation.replay", "training.step", "training.probe"):
+        assert f"mdm_plugin.{name}" in shown
+
+
 def test_links_out_of_docs_are_pages_of_the_site():
     text = "[a](../mdm_plugin/loss.py) [b](../CONTRIBUTING.md#set-up) [c](8b.md) [d](gone.md)"
     assert SITE["rewritten"](text, "docs/x.md", "x.md") == (
