@@ -91,6 +91,8 @@ def option_groups(source: str, name: str) -> list[Group]:
             above = []
         text = " ".join(above + beside)
         option = Option(node.target.id, ast.unparse(node.annotation), default_of(node.value), text)
+        for group in groups:  # what a base has by this name is another here
+            group.options[:] = [x for x in group.options if x.name != option.name]
         groups[-1].options.append(option)
     return [x for x in groups if x.options]
 

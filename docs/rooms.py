@@ -15,9 +15,10 @@ MATHS = ("noise", "density", "loss", "contract", "pareto")
 MATHS += ("objectives", "timesteps", "masking", "variance")
 # Where each room is drawn: (across, up), and what it holds.
 ROOMS = {
-    "recipes": (0.2, 6, "one file per command"),
+    "recipes": (0.6, 7, "one file per command"),
     "titan": (2.2, 7, "torchtitan's side"),
     "quickstart": (2.2, 6, "data, demo"),
+    "alignment": (0.2, 6, "preferences, rewards,\nbounds, references"),
     "evaluation": (1.2, 5, "bound, answers, lm-eval,\nvalidation, variance"),
     "generation": (2.5, 4, "samplers, decoding,\ncaches, live view"),
     "training": (0.4, 4, "step, probe, guard, metrics,\nEMA, checks, stop, dry run"),

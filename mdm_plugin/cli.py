@@ -9,7 +9,10 @@ import gc
 import sys
 from pathlib import Path
 
-RECIPES = ("mdm_full_finetune", "mdm_lora_finetune", "mdm_variance", "mdm_generate", "mdm_eval")
+RECIPES = (
+    *("mdm_full_finetune", "mdm_lora_finetune", "mdm_dpo", "mdm_grpo"),
+    *("mdm_variance", "mdm_generate", "mdm_eval"),
+)
 
 HELP = """\
 usage: mdm COMMAND …        (mdm COMMAND --help has a command's options)
@@ -38,6 +41,10 @@ recipes, with an example of each:
                          mdm run mdm_full_finetune --config quickstart
   mdm_lora_finetune    train adapters
                          mdm run mdm_lora_finetune --config dream/7B_lora dataset.source=my.jsonl
+  mdm_dpo              learn from preferences: all parameters, or adapters
+                         mdm run mdm_dpo --config llada/8B_lora_dpo dataset.source=pairs.jsonl
+  mdm_grpo             learn from rewards: all parameters, or adapters
+                         mdm run mdm_grpo --config quickstart_grpo
   mdm_variance         how noisy are the estimators, and by what
                          mdm run mdm_variance --config quickstart_variance
   mdm_generate         write text
@@ -50,7 +57,7 @@ COMMANDS = ("doctor", "download", "ls", "cat", "cp", "validate", "run")
 
 def recipe_of(config: str) -> str:
     """The recipe that a packaged config is for."""
-    for ending in ("variance", "generate", "eval"):
+    for ending in ("dpo", "grpo", "variance", "generate", "eval"):
         if config.endswith(ending):
             return f"mdm_{ending}"
     return "mdm_lora_finetune" if config.endswith("lora") else "mdm_full_finetune"

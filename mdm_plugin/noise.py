@@ -20,16 +20,17 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     streams. (torch's CPU generator keeps 32 of the bits: two of a run's streams may coincide
     by chance, which is as harmless as any other coincidence of random numbers.)
     """
-    return torch.Generator().manual_seed(_seed(*key))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def seed_torch(*key: int | str) -> None:
     """Set torch's own generators by ``key``, for what draws from them: dropout, and optimizers that
     round at random. What these draw is then no matter of history; but it is of the sharding."""
-    torch.manual_seed(_seed(*key))
+    torch.manual_seed(seed_of(*key))
 
 
-def _seed(*key: int | str) -> int:
+def seed_of(*key: int | str) -> int:
+    """64 bits that depend on ``key`` alone."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 

@@ -16,6 +16,7 @@ from signal import Signals
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor
 from torchtune import training
 from tqdm import tqdm
 
@@ -25,22 +26,23 @@ from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import Options
 from mdm_plugin.contract import ProbePlan
-from mdm_plugin.distributed.build import Build, build_model, compile_backend
+from mdm_plugin.distributed.build import build_model, compile_backend
 from mdm_plugin.distributed.gradients import clip_gradient
 from mdm_plugin.distributed.parameters import named_parameters
 from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.evaluation.validation import read_questions, validate
 from mdm_plugin.noise import seed_torch
-from mdm_plugin.training import EMA, checks
+from mdm_plugin.training import EMA, checks, metrics
 from mdm_plugin.training.batches import global_batches, read_datasets
+from mdm_plugin.training.estimators import check_throughout, read_estimator, read_objective
 from mdm_plugin.training.guard import Guard
 from mdm_plugin.training.in_backward import StepInBackward
-from mdm_plugin.training.metrics import StepMetrics, TensorBoardLogger, first_line, progress_bar
 from mdm_plugin.training.plan import dry_run
-from mdm_plugin.training.precision import master_dtype, rounding
-from mdm_plugin.training.probe import fit, fit_line, plot_fit, probe, probe_due, write_fit
+from mdm_plugin.training.precision import build_options, rounding
+from mdm_plugin.training.probe import fit, fit_line, probe, probe_due
 from mdm_plugin.training.resume import check_identity, find_checkpoint
 from mdm_plugin.training.step import (
+    Result,
     backward,
     corrupted_step,
     global_normalizer,
@@ -52,9 +54,11 @@ from mdm_plugin.training.stop import Stop
 
 
 class MDMFinetune:
-    """Set up, train, save, clean up."""
+    """Set up, train, save, clean up. ``adapters``: is the model to have them? None for either."""
 
-    def __init__(self, cfg: DictConfig, world: World, adapters: bool = False) -> None:
+    together = 1  # rows of one example
+
+    def __init__(self, cfg: DictConfig, world: World, adapters: bool | None = False) -> None:
         self.cfg, self.world, self.adapters = cfg, world, adapters
         self.metric_logger: Any = None
         self.validated: dict[int, float] = {}  # of the last validated step
@@ -64,7 +68,7 @@ class MDMFinetune:
         accumulation = checks.check_sizes(self.cfg, self.world)
         checkpoint = self._setup_checkpointer()
         self._setup_estimator()
-        self.say(first_line(self.cfg, self.world, self.estimator, self.objective))
+        self.say(metrics.first_line(self.cfg, self.world, self.estimator, self.objective))
         self._setup_data(accumulation)
         self._setup_model(checkpoint)
         self._setup_optimizer()
@@ -86,8 +90,8 @@ class MDMFinetune:
     def _setup_estimator(self) -> None:
         """What is minimised; and the sampler of t, the masks and the loss that estimate it."""
         self.tokenizer = instantiate(self.cfg, "tokenizer")
-        self.objective = checks.read_objective(self.cfg)
-        estimator = checks.read_estimator(self.cfg, self.tokenizer.mask_id)
+        self.objective = read_objective(self.cfg)
+        estimator = read_estimator(self.cfg, self.tokenizer.mask_id)
         self.estimator = estimator._replace(w=self.objective(0.0))
         if self.cfg.compile:
             self.estimator.loss.compile_chunks(compile_backend())
@@ -97,6 +101,7 @@ class MDMFinetune:
         cfg = self.cfg
         self.rows_val: Any  # None where there is no validation
         self.rows, self.rows_val = read_datasets(cfg, self.tokenizer)
+        checks.check_examples(self.together, self.rows, self.rows_val)
         self.questions = read_questions(cfg, self.tokenizer)
         for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
             if rows is not None:
@@ -113,21 +118,12 @@ class MDMFinetune:
             lambda: instantiate(cfg, "model"),
             world,
             training.get_dtype(cfg.dtype, device=world.device),
-            Build(
-                compile=cfg.compile,
-                float8=cfg.fp8_recipe_name if cfg.enable_fp8_training else None,
-                activation_checkpointing=cfg.enable_activation_checkpointing,
-                cpu_offload=cfg.fsdp_cpu_offload,
-                reshard_after_forward=cfg.fsdp_reshard_after_forward,
-                masters=master_dtype(cfg, world.device),
-            ),
+            build_options(cfg, world.device),
         )
-        checks.check_adapters(self.model, self.adapters)
+        self.adapters = checks.check_adapters(self.model, self.adapters)
         checks.check_checkpoint(self.checkpointer.weights, self.model, self.tokenizer)
         checks.check_data(self.model, self.tokenizer, self.rows, self.rows_val)
-        for progress in (0.0, 0.5, 1.0):
-            estimator = self.estimator._replace(w=self.objective(progress))
-            checks.check_estimator(estimator, checks.is_causal(self.model))
+        check_throughout(self.estimator, self.objective, self.model)
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
@@ -142,11 +138,8 @@ class MDMFinetune:
         trained = [(n, p) for n, p in named_parameters(self.model).items() if p.requires_grad]
         self.optimizer = instantiate(cfg, "optimizer", trained, **rounding(cfg))
         self.in_backward = StepInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
-        self.lr_scheduler = None
-        if cfg.lr_scheduler is not None:
-            self.lr_scheduler = instantiate(
-                cfg, "lr_scheduler", self.optimizer, num_training_steps=self.total_steps
-            )
+        steps = {"num_training_steps": self.total_steps}
+        self.lr_scheduler = instantiate(cfg, "lr_scheduler", self.optimizer, **steps)
 
     def _setup_state(self, checkpoint: Path | None) -> None:
         """All that a checkpoint holds, filled from ``checkpoint`` if the run goes on from one."""
@@ -184,30 +177,36 @@ class MDMFinetune:
         cfg, world = self.cfg, self.world
         self.metric_logger = instantiate(cfg, "metric_logger")
         self.metric_logger.log_config(cfg)
-        self.metrics = StepMetrics(world)
+        self.metrics = metrics.StepMetrics(world)
         self.profiler = training.DummyProfiler()
         if cfg.profiler is not None:
             self.profiler, _ = instantiate(cfg, "profiler")
-        parameters = list(self.model.parameters())
-        size = sum(p.numel() for p in parameters)
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        of = f"{trained:,} of " if self.adapters else ""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        size, trained = sum(n for n, _ in sizes), sum(n for n, learnt in sizes if learnt)
         self.say(
-            f"{of}{size:,} parameters; {self.total_steps} steps of {self.batches.size} rows, "
+            (f"{trained:,} of " if self.adapters else "")
+            + f"{size:,} parameters; {self.total_steps} steps of {self.batches.size} rows, "
             f"{self.steps_per_epoch} per epoch"
         )
+
+    def begin(self) -> None:
+        """What a new run does before its first step."""
+        if plan := probe_due(self.estimator, 0):
+            self.fit_timesteps(plan, 0)
 
     def train(self) -> None:
         cfg, world = self.cfg, self.world
         self.model.train()
+        if self.first_step == 0:
+            self.begin()
         if cfg.run_val_every_n_steps and self.first_step == 0:
             self.validate(0)
-        bar = progress_bar(world, total=self.total_steps, initial=self.first_step)
+        bar = metrics.progress_bar(world, total=self.total_steps, initial=self.first_step)
         with self.profiler, bar, Stop(world) as stop:
             for step in range(self.first_step, self.total_steps):
                 w = self.objective(step / max(1, self.total_steps - 1))
                 self.estimator = self.estimator._replace(w=w)
-                if plan := probe_due(self.estimator, step):
+                if step and (plan := probe_due(self.estimator, step)):
                     self.fit_timesteps(plan, step)
                 self.train_step(step)
                 done = step + 1
@@ -216,9 +215,8 @@ class MDMFinetune:
 
                 if done % cfg.log_every_n_steps == 0 or done == self.total_steps:
                     figures = self.metrics.report()
-                    bar.set_postfix_str(
-                        f"loss {figures.get('train/loss', math.nan):.4f}", refresh=False
-                    )
+                    loss = figures.get("train/loss", math.nan)
+                    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                     figures["train/skipped_steps"] = self.guard.skipped
                     figures["train/lr"] = self.optimizer.param_groups[0]["lr"]
                     self.metric_logger.log_dict(figures, done)
@@ -246,9 +244,7 @@ class MDMFinetune:
         """One optimizer step over the global batch."""
         cfg, world = self.cfg, self.world
         seed_torch(cfg.seed, "torch", step, world.rank)
-        # Under max_steps_per_epoch each epoch still begins with its own order of all rows.
-        epoch, within = divmod(step, self.steps_per_epoch)
-        place = epoch * self.batches.steps_per_epoch + within
+        place = self.place(step)
         micro_batches = corrupted_step(self.batches, place, self.estimator)
         if cfg.batch_layout == "packed":
             packed = partial(
@@ -256,39 +252,47 @@ class MDMFinetune:
             )
             micro_batches = [packed(batch) for batch in micro_batches]
         normalizer, loss = global_normalizer(micro_batches, world), self.estimator.loss
-        sampler, results, grad_norm = self.estimator.timesteps, [], None
-        norms = wants_norms(sampler)
+        norms, results = wants_norms(self.estimator.timesteps), []
         for batch in micro_batches:
             with self.in_backward.active() if self.in_backward else nullcontext():
                 results.append(
                     backward(self.model, loss, batch, normalizer, world, self.offloading, norms)
                 )
+        self.update(step, results, self.batches.row_indices(place))
+
+    def place(self, step: int) -> int:
+        """Of a step's global batch among those of all epochs: ``max_steps_per_epoch`` leaves some
+        of them out, and each epoch still begins with its own order of all rows."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self.batches.steps_per_epoch + within
+
+    def update(
+        self, step: int, results: list[Result], rows: Tensor, values: dict[str, float] | None = None
+    ) -> None:
+        """The optimizer's step, by gradients that are there, unless it would do harm.
+
+        rows: [global batch], the data's row at each place. values: figures to be shown.
+        """
+        sampler, grad_norm = self.estimator.timesteps, None
         if not self.in_backward:
-            grad_norm = clip_gradient(self.model, cfg.clip_grad_norm).to(world.device)
-        if self.guard.passes(step, results, grad_norm, self.batches.row_indices(place)):
-            learn(sampler, [x.shown(sampler) for x in results], world)
+            grad_norm = clip_gradient(self.model, self.cfg.clip_grad_norm).to(self.world.device)
+        if self.guard.passes(step, results, grad_norm, rows):
+            learn(sampler, [x.shown(sampler) for x in results], self.world)
             if not self.in_backward:
                 self.optimizer.step()
             if self.ema:
                 self.ema.update(step)
-            self.metrics.step(results, grad_norm)
+            self.metrics.step(results, grad_norm, values)
         self.optimizer.zero_grad(set_to_none=True)
 
     def fit_timesteps(self, plan: ProbePlan, step: int) -> None:
         """Probe the model, and have the sampler of t take that in."""
-        start = time.perf_counter()
-        measured = probe(
-            self.model, self.estimator, plan, self.batches, self.world, step, self.offloading
-        )
-        report = fit(self.estimator, plan, measured, self.world)
-        if self.world.rank == 0:
-            write_fit(report, Path(self.cfg.output_dir) / f"timesteps_step_{step}.json")
-            if isinstance(self.metric_logger, TensorBoardLogger):
-                self.metric_logger.log_figure("timesteps", plot_fit(report), step)
-        self.say(
-            f"step {step}/{self.total_steps}: {fit_line(report)}, "
-            f"{time.perf_counter() - start:.1f} s"
-        )
+        start, world, estimator = time.perf_counter(), self.world, self.estimator
+        found = probe(self.model, estimator, plan, self.batches, world, step, self.offloading)
+        report = fit(estimator, plan, found, world)
+        metrics.show_fit(report, Path(self.cfg.output_dir), self.metric_logger, world, step)
+        seconds = time.perf_counter() - start
+        self.say(f"step {step}/{self.total_steps}: {fit_line(report)}, {seconds:.1f} s")
 
     def validate(self, step: int) -> None:
         """NELBO and completions of the validation rows, by the averaged weights under EMA."""
@@ -299,7 +303,7 @@ class MDMFinetune:
             )
         self.metric_logger.log_dict(figures, step)
         self.validated = {step: figures["val/nelbo_nats_per_token"]}
-        if samples and isinstance(self.metric_logger, TensorBoardLogger):
+        if samples and isinstance(self.metric_logger, metrics.TensorBoardLogger):
             self.metric_logger.log_text("samples", samples, step)
         found = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.say(f"step {step}/{self.total_steps}: {found} ({time.perf_counter() - start:.1f} s)")
@@ -319,14 +323,16 @@ class MDMFinetune:
             tqdm.write(line)
 
 
-def run(cfg: DictConfig, adapters: bool = False) -> None:
-    """Train by ``cfg``: all parameters, or a model's adapters alone."""
+def run(
+    cfg: DictConfig, adapters: bool | None = False, kind: type[MDMFinetune] = MDMFinetune
+) -> None:
+    """Train by ``cfg``: all parameters, or a model's adapters alone, or, by None, what it has."""
     if cfg.dry_run:
-        return dry_run(cfg, adapters)
+        return dry_run(cfg, adapters, kind.together)
     instantiate(cfg, "prepare")
     shard, replicate = cfg.data_parallel_shard_dim, cfg.data_parallel_replicate_dim
     with distributed(cfg.device, shard, replicate, cfg.timeout_minutes) as world:
-        recipe = MDMFinetune(cfg, world, adapters)
+        recipe = kind(cfg, world, adapters)
         recipe.setup()
         try:
             recipe.train()

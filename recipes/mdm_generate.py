@@ -5,11 +5,13 @@
     tune run mdm_generate --config my.yaml prompts=… replay=replay.html   # a page that plays it
     cat prompts.txt | tune run mdm_generate --config my.yaml prompts=-
     tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… output=…
+    tune run mdm_generate --config my.yaml prompts=questions.jsonl decoding.temperature=0.7 \\
+        samples=8 verifier._component_=my.verifier pairs=pairs.jsonl   # preferences for mdm_dpo
     tune run --nproc_per_node 8 mdm_generate --config my.yaml prompts=… data_parallel_shard_dim=-1
 
 On a terminal the text is shown while it is being unmasked. Each rank holds the model and takes
-its share of the batches; a prompt's text depends on its seed (``seed`` + its number) alone. A model
-that one device cannot hold is sharded over data_parallel_shard_dim ranks: the same texts, slower.
+its share of the batches; a text depends on its seed (``seed`` + its number) alone. A model that one
+device cannot hold is sharded over data_parallel_shard_dim ranks: the same texts, slower.
 
 Every option with its default: ``GenerateOptions`` in ``mdm_plugin/config/options.py``.
 """
@@ -29,6 +31,7 @@ from tqdm import tqdm
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GenerateOptions
+from mdm_plugin.data.preferences import paired
 from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.distributed.uneven import uneven_forwards
 from mdm_plugin.distributed.world import World, distributed
@@ -51,16 +54,36 @@ class MDMGenerate:
         self.decoding = read_decoding(cfg)
         self.tokenizer = instantiate(cfg, "tokenizer")
         self.output, self.replay = file_to_write(cfg, "output"), file_to_write(cfg, "replay")
-        if self.replay and self.replay == self.output:
-            raise UserError(f"replay: {self.replay} is output too: name another")
+        self.pairs = file_to_write(cfg, "pairs")
+        named = [x for x in (self.output, self.replay, self.pairs) if x]
+        if len(set(named)) < len(named):
+            raise UserError("output, replay, pairs: two of them are one file: name another")
+        self._check_samples()
+        self.verify = instantiate(cfg, "verifier")
         self.prompts = read_prompts(
             self.tokenizer, cfg.prompt, cfg.prompts, cfg.system_prompt, cfg.chat
         )
         self.model, _ = load_model(cfg, world, self.tokenizer, self.prompts)
 
+    def _check_samples(self) -> None:
+        cfg = self.cfg
+        if cfg.samples < 1:
+            raise UserError(f"samples: {cfg.samples}: use 1 or more")
+        if cfg.samples > 1 and not self.decoding.temperature:
+            raise UserError(
+                f"samples: {cfg.samples} of a prompt would all be the same: set "
+                "decoding.temperature, to 0.7 for example"
+            )
+        if self.pairs and (cfg.verifier is None or cfg.samples < 2 or not cfg.chat):
+            raise UserError(
+                "pairs: a right and a wrong answer to a prompt: give a verifier, samples of 2 or "
+                "more, and leave chat as it is"
+            )
+
     def run(self) -> None:
         cfg, world = self.cfg, self.world
-        mine = share([len(x.ids) for x in self.prompts], cfg.batch_size, world)
+        self.texts = [x for x in self.prompts for _ in range(cfg.samples)]
+        mine = share([len(x.ids) for x in self.texts], cfg.batch_size, world)
         written: dict[int, dict[str, Any]] = {}
         self.replays: dict[int, Replay] = {}  # by the prompts' numbers, as what is written
         forwards, start = 0, time.perf_counter()
@@ -79,23 +102,41 @@ class MDMGenerate:
         if world.rank != 0:
             return
         seconds = time.perf_counter() - start
-        lines = [written[i] for i in range(len(self.prompts))]
+        lines = [written[i] for i in range(len(self.texts))]
         with self.writer() as file:
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if self.replay:
             write_replays(self.replay, [self.replays[i] for i in range(len(lines))])
+        told = self.write_pairs(lines) if self.pairs else ""
         tokens = sum(line["tokens"] for line in lines)
         where = "".join(f"; {file}" for file in (self.output, self.replay) if file)
+        count = f"{len(self.prompts)} prompts"
+        if cfg.samples > 1:
+            count += f" x {cfg.samples} samples"
         print(
-            f"{len(lines)} prompts, {tokens} tokens, {forwards} forwards, {seconds:.1f} s, "
-            f"{tokens / seconds:.1f} tokens/s{where}",
+            f"{count}, {tokens} tokens, {forwards} forwards, {seconds:.1f} s, "
+            f"{tokens / seconds:.1f} tokens/s{where}{told}",
             file=sys.stderr,
         )
 
+    def write_pairs(self, lines: list[dict[str, Any]]) -> str:
+        """Each prompt's right answers beside its wrong ones; how many there are."""
+        assert self.pairs is not None
+        rows = []
+        for i, prompt in enumerate(self.prompts):
+            own = lines[i * self.cfg.samples : (i + 1) * self.cfg.samples]
+            answers, right = [x["completion"] for x in own], [x["right"] for x in own]
+            rows += paired(prompt.turns, answers, right)
+        with self.pairs.open("w") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        share = sum(x["right"] for x in lines) / len(lines)
+        return f"; {share:.1%} right, {len(rows)} preferences: {self.pairs}"
+
     def generate(self, batch: list[int], live: LiveText | None) -> tuple[list[dict[str, Any]], int]:
         """Lines of output for some prompts, by their numbers, and the forwards that they took."""
-        cfg, prompts = self.cfg, [self.prompts[i] for i in batch]
+        cfg, prompts = self.cfg, [self.texts[i] for i in batch]
         recorder = Recorder() if self.replay else None
 
         def on_step(step: Step) -> None:
@@ -119,10 +160,15 @@ class MDMGenerate:
             found = recorder.replays(self.tokenizer, [prompt.text for prompt in prompts])
             self.replays.update(zip(batch, found, strict=True))
         lines = []
-        for prompt, ids in zip(prompts, result.tokens.tolist(), strict=True):
+        for i, prompt, ids in zip(batch, prompts, result.tokens.tolist(), strict=True):
             count = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
             text = self.tokenizer.decode(ids)
-            lines.append({**prompt.row, "completion": text, "tokens": count})
+            line = {**prompt.row, "completion": text, "tokens": count}
+            if cfg.samples > 1:
+                line["sample"] = i % cfg.samples
+            if self.verify:
+                line["right"] = bool(self.verify(text, prompt.row))
+            lines.append(line)
         return lines, result.forwards
 
     def writer(self) -> Any:

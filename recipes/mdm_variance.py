@@ -5,7 +5,9 @@
 
 For a model, a data set and a list of estimators: the variance of the loss and of the gradient,
 split into A (masking pattern), B (masking rate) and C (data), with 95 % intervals
-(``mdm_plugin/variance.py``). Ctrl-C ends it with what has been measured so far.
+(``mdm_plugin/variance.py``). Ctrl-C ends it with what has been measured so far. With
+``preferences``, of the score and the gradient that mdm_dpo estimates
+(``mdm_plugin/alignment/score_variance.py``).
 
 Every option with its default: ``VarianceOptions`` in ``mdm_plugin/config/options.py``.
 """
@@ -24,6 +26,7 @@ from torch import Tensor
 from torchtune import training
 from tqdm import tqdm
 
+from mdm_plugin.alignment.score_variance import PreferenceVariance
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import VarianceOptions
@@ -38,9 +41,9 @@ from mdm_plugin.masking import NextToken
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.checks import (
+from mdm_plugin.training.checks import check_data
+from mdm_plugin.training.estimators import (
     as_estimator,
-    check_data,
     check_estimator,
     is_causal,
     read_objective,
@@ -313,6 +316,10 @@ def main(cfg: DictConfig) -> None:
     """Measure the variance of estimators of the masked diffusion objective."""
     instantiate(cfg, "prepare")
     with distributed(cfg.device, cfg.data_parallel_shard_dim) as world:
+        if cfg.preferences is not None:
+            of_preferences = PreferenceVariance(cfg, world)
+            of_preferences.setup()
+            return of_preferences.measure()
         recipe = MDMVariance(cfg, world)
         recipe.setup()
         recipe.output_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ import torch
 from mdm_plugin.models import ChatTokenizer, llada
 from mdm_plugin.quickstart.data import prepare_data
 from tests import forks
-from tests.forks import free_port
 
 # Rows that tests tokenise are not kept among the user's own.
 os.environ["MDM_PLUGIN_HOME"] = tempfile.mkdtemp(prefix="mdm_plugin_tests_")
@@ -25,12 +24,13 @@ BIN = Path(sys.executable).parent
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
-PROCESSES = {"command", "tune", "titan", "unbroken", "wheel"}
+LONGEST = ("tests/titan/", "tests/test_journey.py", "tests/test_launch.py")
+PROCESSES = {"command", "tune", "torchtitan", "unbroken", "wheel"}
 
 
 def pytest_collection_modifyitems(items):
     # The longest first, or one of the two workers waits for the other's at the end.
-    items.sort(key=lambda item: "tests/titan/" not in item.nodeid)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     for item in items:  # they start processes
         if PROCESSES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
@@ -89,8 +89,8 @@ def command(tmp_path, data_dir):
         env |= environment
         words, where = [str(a) for a in arguments], cwd or tmp_path
         # PYTHONPATH is read when Python starts, so it needs a Python of its own.
-        if words[0] == "tune" and "PYTHONPATH" not in environment:
-            done = forks.tune(words[1:], where, env, timeout)
+        if words[0] in (*forks.COMMANDS, sys.executable) and "PYTHONPATH" not in environment:
+            done = forks.command(words, where, env, timeout)
         else:
             done = subprocess.run(
                 words, cwd=where, env=env, capture_output=True, text=True, timeout=timeout
@@ -123,17 +123,19 @@ def tune(command, data_dir, tmp_path):
     return run
 
 
-def torchrun(command, ranks, *arguments, home, check=True):
-    """``command`` of a module on some ranks, with the tests' modules among those it finds."""
-    return command(
-        BIN / "torchrun",
-        *("--nproc_per_node", ranks, "--master_addr", "localhost", "--master_port", free_port()),
-        "-m",
-        *arguments,
-        check=check,
-        MDM_PLUGIN_HOME=str(home),
-        PYTHONPATH=str(Path(__file__).parents[1]),
-    )
+@pytest.fixture
+def torchtitan(tmp_path):
+    """Run a module on some ranks, where torchtitan has been imported; what they print."""
+    pytest.importorskip("torchtitan")
+
+    def run(ranks, *arguments, home) -> str:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MDM_PLUGIN_HOME": str(home)}
+        words = ["python", "-m", *(str(a) for a in arguments)]
+        done = forks.TITAN.run(words, ranks, tmp_path, env)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return run
 
 
 def scalars(output_dir: Path) -> dict[str, list[float]]:

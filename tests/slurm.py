@@ -1,4 +1,8 @@
-"""Jobs by the real docs/launch/mdm.sbatch, with stand-ins for SLURM's own commands alone."""
+"""Jobs by the real docs/launch/mdm.sbatch, with stand-ins for SLURM's own commands.
+
+`tune` and the ranks that it starts are processes of the fork server (tests/forks.py), which spares
+their imports; tests/test_launch.py has a run of docs/launch/tune.sh without.
+"""
 
 import os
 import signal
@@ -9,11 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from tests import forks
 from tests.conftest import BIN
 
 LAUNCH = Path(__file__).parents[1] / "docs" / "launch"
 # srun runs its command here, and kills it when it gets SIGTERM itself, as SLURM's does; scancel
 # signals all processes of the step; scontrol names this node, and notes what is to be requeued.
+# Processes of the step are known by their command lines, which name the directory.
 STAND_INS = {
     "srun": """
 shift
@@ -23,7 +29,8 @@ trap 'kill -KILL $(cat step)' TERM
 wait $!""",
     "scancel": """
 [ "$1" = --signal=TERM ] || exit 1
-kill -TERM $(cat step) $(pgrep -P "$(cat step)")""",
+kill -TERM $(pgrep -f "^[^ ]*python.*/forked.py .*$PWD/")""",
+    "tune": f'exec "{forks.PYTHON}" tune "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi',
 }
 
@@ -47,6 +54,7 @@ class Slurm:
             **os.environ,
             **{"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": str(job)},
             **{"SLURM_JOB_NODELIST": "localhost", "TORCH_COMPILE_BACKEND": "eager"},
+            **forks.RECIPES.environment(),
             "PATH": f"{directory}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}",
         }
 
@@ -94,7 +102,9 @@ def time_is_up(job: int) -> None:
 
 def kill_a_rank(job: int) -> None:
     """SIGKILL to a rank of the job, as where a machine is short of memory."""
-    for process in psutil.Process(job).children(recursive=True):
-        if process.environ().get("LOCAL_RANK") == "1":
+    name = psutil.Process(job).environ()["SLURM_JOB_ID"]
+    for process in psutil.process_iter(["environ"]):
+        given = process.info["environ"] or {}
+        if (given.get("SLURM_JOB_ID"), given.get("LOCAL_RANK")) == (name, "1"):
             process.kill()
             return

@@ -23,12 +23,13 @@ from mdm_plugin.config.loading import load_config
 from mdm_plugin.config.options import Options
 from mdm_plugin.torchtune_internals import command_line
 from tests.config.test_config import OPTIONS
+from tests.conftest import BIN
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_ls_cat_and_validate_know_our_recipes_and_torchtune_s(command):
-    listed = command("mdm", "ls")
+    listed = command(BIN / "mdm", "ls")
     listing = listed.stdout
     assert not listed.stderr  # nothing of torchao, as in tests/test_startup.py
     assert "mdm_full_finetune" in listing and "quickstart" in listing
@@ -55,10 +56,10 @@ def test_a_copied_config_runs_with_mdm_and_with_tune(command, tmp_path, data_dir
         "max_steps_per_epoch=1",
         "epochs=1",
     ]
-    for tool in ("mdm", "tune"):
-        out = f"output_dir={tmp_path / tool}"
+    for name, tool in (("mdm", BIN / "mdm"), ("tune", "tune")):
+        out = f"output_dir={tmp_path / name}"
         command(tool, "run", "mdm_full_finetune", "--config", "my.yaml", out, *overrides)
-        weights = load_file(tmp_path / tool / "step_1/model.safetensors")
+        weights = load_file(tmp_path / name / "step_1/model.safetensors")
         assert weights["output.weight"].shape[1] == 32  # the copy's
     out = f"output_dir={tmp_path / 'packaged'}"
     command("mdm", "run", "mdm_full_finetune", "--config", "quickstart", out, *overrides)

@@ -22,6 +22,7 @@ FLOORS = [
     ["training"],
     ["generation"],
     ["evaluation"],
+    ["alignment"],
     ["quickstart"],
     ["titan"],
     ["doctor"],
@@ -111,7 +112,7 @@ def test_torchtune_s_private_names_are_in_one_file_and_torchtitan_in_its_room(fi
 
 def test_each_room_says_what_lives_in_it_and_what_it_may_import():
     rooms = [x for x in PACKAGE.iterdir() if (x / "__init__.py").is_file() and x.name != "configs"]
-    assert len(rooms) == 10
+    assert len(rooms) == 11
     for directory in rooms:
         text = ast.get_docstring(ast.parse((directory / "__init__.py").read_text()))
         assert "May import: " in text, directory
@@ -151,7 +152,8 @@ def sizes(node: ast.FunctionDef) -> tuple[int, int]:
 
 
 # Builders that a config calls: their parameters are the config's keys, flat as in torchtune's own.
-BUILDERS = {"chat_dataset", "instruct_dataset", "text_dataset", "llada", "dream"}
+BUILDERS = {"chat_dataset", "instruct_dataset", "text_dataset", "preference_dataset"}
+BUILDERS |= {"llada", "dream"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda x: str(x.relative_to(PACKAGE)))

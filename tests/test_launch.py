@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TINY, torchrun
+from tests.conftest import BIN, TINY
 from tests.forks import free_port
 from tests.slurm import LAUNCH, Slurm, kill_a_rank, time_is_up
 
@@ -55,7 +55,12 @@ def test_no_thread_of_gloo_outlives_the_run(command, data_dir, tmp_path, trainer
         (tmp_path / "quickstart").symlink_to(data_dir)
         module = ("torchtitan.train", *TITAN)
         module += ("--training.steps", "1", "--dump_folder", tmp_path / "out")
-    done = torchrun(command, 2, "tests.threads", *module, home=tmp_path)
+    done = command(
+        *(BIN / "torchrun", "--nproc_per_node", 2, "--master_addr", "localhost"),
+        *("--master_port", free_port(), "-m", "tests.threads", *module),
+        MDM_PLUGIN_HOME=str(tmp_path),
+        PYTHONPATH=str(Path(__file__).parents[1]),
+    )
     assert done.stdout.count("left: []") == 2, done.stdout
 
 

@@ -16,10 +16,10 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount
 from mdm_plugin.timesteps import Stratified
-from mdm_plugin.training.checks import as_estimator
+from mdm_plugin.training.estimators import as_estimator
 from mdm_plugin.training.probe import fit
 from mdm_plugin.training.step import corrupted_step
-from tests.conftest import scalars, torchrun
+from tests.conftest import scalars
 from tests.forks import free_port
 from tests.toy import ELBO, Toy, row_losses, z_score
 
@@ -187,8 +187,7 @@ def test_a_contract_that_is_not_kept_is_one_line(tune, tmp_path):
         assert done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]
 
 
-def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_path):
-    pytest.importorskip("torchtitan")
+def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(torchtitan, data_dir, tmp_path):
     (tmp_path / "my_methods.py").write_text(CODE)
     home = tmp_path / "home"
     home.mkdir()
@@ -217,7 +216,7 @@ def test_in_torchtitan_it_is_saved_and_resumed_bit_equal(command, data_dir, tmp_
                 }
             )
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    torchrun(command, 1, "tests.titan.runs", tmp_path / "spec.json", home=home)
+    torchtitan(1, "tests.titan.runs", tmp_path / "spec.json", home=home)
     for kind in (*KINDS, "objective"):
         first, whole, resumed = (
             json.loads((tmp_path / kind / place / f"{run}_0.json").read_text())

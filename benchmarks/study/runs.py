@@ -47,7 +47,7 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import NextToken
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training.batches import global_batches
-from mdm_plugin.training.checks import read_estimator
+from mdm_plugin.training.estimators import read_estimator
 from mdm_plugin.training.step import backward, corrupted_step, forward_loss, global_normalizer
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ class Options:
     # Components: {_component_: dotted.path, argument: value, …}
     tokenizer: dict[str, Any] = MISSING  # text to tokens: ids, mask token, chat template
     model: dict[str, Any] = MISSING  # its builder, with sizes
-    dataset: dict[str, Any] = MISSING  # the rows that are learnt
+    dataset: dict[str, Any] | None = MISSING  # the rows that are learnt
     optimizer: dict[str, Any] = MISSING  # torch.optim, torchao.optim, or Muon
     loss: dict[str, Any] = MISSING  # MDMLoss: how the loss is normalised
     timesteps: dict[str, Any] = MISSING  # the sampler of t: the masking rates
@@ -86,6 +86,52 @@ class Options:
 
 
 @dataclass
+class DPOOptions(Options):
+    """What mdm_dpo has besides, and what is another there."""
+
+    loss: dict[str, Any] = MISSING  # of preferences: torchtune.rlhf.loss.DPOLoss
+    bound: dict[str, Any] = MISSING  # MDMLoss: what an answer's bound is computed by
+    draws: int = 8  # forwards that each bound is estimated from; a multiple of the mask's views
+    share_noise: bool = False  # one noise for both answers of a preference
+    # precompute: the reference's bounds, once and before training, into output_dir/reference.
+    # model: a frozen copy. adapters_off: the model without its adapters.
+    reference: str = "precompute"
+    sft_weight: float = 0.05  # of the fine-tuning loss of the chosen answers
+    normalize: str = "sum"  # a bound is the sum over its answer's tokens; mean: beta is per token
+    batch_size: int = MISSING  # preferences per rank and micro-batch
+    train_eos_padding: bool = False  # True is refused: a bound depends on its own answer alone
+
+
+@dataclass
+class GRPOOptions(Options):
+    """What mdm_grpo has besides, and what is another there."""
+
+    prompts: str = MISSING  # a file of them, as mdm_generate's
+    rewards: dict[str, Any] = MISSING  # name: {component of a function (completion, row), weight}
+    loss: dict[str, Any] = MISSING  # mdm_plugin.alignment.policy.PolicyLoss
+    bound: dict[str, Any] = MISSING  # MDMLoss: what an answer's bound is computed by
+    dataset: dict[str, Any] | None = None  # none: the model writes the rows that it learns from
+
+    # Answers
+    group_size: int = 8  # answers to each prompt
+    max_new_tokens: int = 256  # the longest answer
+    decoding: dict[str, Any] = MISSING  # Decoding, with a temperature
+    sampler: dict[str, Any] = MISSING  # Remasking, Threshold or Stable
+    reward_timeout: float = 10.0  # seconds that a reward may take for an answer
+    max_failed_rewards: float = 0.5  # a larger share of a step's answers without one ends the run
+
+    # Updates
+    batch_size: int = MISSING  # prompts per rank and micro-batch, each with group_size answers
+    updates: int = 1  # optimizer steps on the answers of a step
+    draws: int = 2  # forwards that each bound is estimated from; a multiple of the mask's views
+    share_noise: bool = True  # one noise for all updates of a step; else each has its own
+    by_deviation: bool = False  # divide advantages by their group's standard deviation
+    leave_one_out: bool = False  # compare an answer with the mean of the others
+    reference: str | None = None  # adapters_off or model, where the loss has a KL divergence
+    train_eos_padding: bool = False  # True is refused: answers end where the model ends them
+
+
+@dataclass
 class VarianceOptions:
     """mdm_variance's top-level keys, their types and defaults."""
 
@@ -98,6 +144,8 @@ class VarianceOptions:
     estimators: dict[str, Any] = MISSING
     objective: dict[str, Any] | None = None  # what all of them estimate; None: the ELBO
     progress: float = 0.0  # the moment of training, 0 to 1, of an objective that moves
+    # {loss, reference: checkpointer, draws, repeats, sft_weight}: of mdm_dpo's score and gradient
+    preferences: dict[str, Any] | None = None
     # {model: component, checkpointer: component}: its variance is the line to compare with
     autoregressive: dict[str, Any] | None = None
     metric_logger: dict[str, Any] | None = None  # the same figures, in TensorBoard
@@ -136,7 +184,7 @@ class InferenceOptions:
     compile: bool = False  # torch.compile, of the layers
     data_parallel_shard_dim: int = 1  # ranks that hold one model together, by FSDP2; −1: all
     batch_size: int = 8  # prompts or rows per forward of a rank
-    seed: int = 0  # a text's is seed + its number
+    seed: int = 0  # a text's is seed + its number, counted over prompts and their samples
 
 
 @dataclass
@@ -148,6 +196,9 @@ class GenerateOptions(InferenceOptions):
     system_prompt: str | None = field(default=None, metadata={"verbatim": True})  # before it
     prompts: str | None = None  # a file of them, or - for stdin
     chat: bool = True  # a prompt is a user's turn; False: text to be continued
+    samples: int = 1  # texts for each prompt; several want a temperature
+    verifier: dict[str, Any] | None = None  # gives a function of (completion, row): is it right?
+    pairs: str | None = None  # JSON lines: a right answer and a wrong one, for mdm_dpo
     output: str | None = None  # JSON lines; None for stdout
     replay: str | None = None  # a page (HTML) that plays how each text was unmasked
     overwrite: bool = False  # output and replay may be there already

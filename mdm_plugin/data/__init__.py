@@ -5,6 +5,7 @@ May import: errors, noise, models.
 
 from mdm_plugin.data.batches import Batch, GlobalBatches, Padding, Split
 from mdm_plugin.data.datasets import chat_dataset, instruct_dataset, text_dataset
+from mdm_plugin.data.preferences import preference_dataset
 from mdm_plugin.data.rows import Row, Rows
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "Split",
     "chat_dataset",
     "instruct_dataset",
+    "preference_dataset",
     "text_dataset",
 ]

@@ -67,7 +67,8 @@ class GlobalBatches:
 
     A row's place in a global batch is (micro-batch · ranks + rank) · batch_size + index, and its
     noise depends on (seed, step, place) alone: whichever rank and micro-batch a row falls to, it is
-    masked alike. The rows of an epoch that fill no whole global batch are left out of it.
+    masked alike. The rows of an epoch that fill no whole global batch are left out of it. Rows of
+    one example (``Facts.together``) have places next to each other, in their order.
 
     Args:
         rows: the data.
@@ -113,12 +114,13 @@ class GlobalBatches:
     def _indices(self, step: int) -> Tensor:
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            order = (
-                torch.randperm(len(self.rows), generator=keyed_generator(self.seed, "order", epoch))
-                if self.shuffle
-                else torch.arange(len(self.rows))
-            )
-            self._order = epoch, order
+            each = self.rows.facts.together
+            examples = torch.arange(len(self.rows) // each)
+            if self.shuffle:
+                generator = keyed_generator(self.seed, "order", epoch)
+                examples = torch.randperm(len(examples), generator=generator)
+            rows = examples[:, None] * each + torch.arange(each)
+            self._order = epoch, rows.flatten()
         return self._order[1][within * self.size : (within + 1) * self.size]
 
     def micro_batches(self, step: int) -> list[Batch]:

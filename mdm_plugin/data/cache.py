@@ -46,7 +46,7 @@ def entry_name(identity: dict[str, Any]) -> str:
     return sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cached(identity: dict[str, Any], read: Read) -> tuple[Rows, Path]:
+def cached(identity: dict[str, Any], read: Read, together: int = 1) -> tuple[Rows, Path]:
     """The rows of ``identity``, from their entry; made by one process of this machine if missing.
 
     Under torchrun that is the machine's first rank, whose errors are the ones that are shown.
@@ -54,6 +54,7 @@ def cached(identity: dict[str, Any], read: Read) -> tuple[Rows, Path]:
     Args:
         identity: all that the rows depend on, as JSON.
         read: reads them.
+        together: rows of one example (``Facts``).
 
     Returns:
         The rows, and the file of those that were left out.
@@ -72,7 +73,7 @@ def cached(identity: dict[str, Any], read: Read) -> tuple[Rows, Path]:
         if rows is None:
             with FileLock(f"{directory}.lock"):
                 rows = _opened(directory)  # another's, who had the lock before
-                rows = _write(directory, read) if rows is None else rows
+                rows = _write(directory, read, together) if rows is None else rows
         return rows, directory / BAD
     except OSError as error:
         line = (
@@ -133,7 +134,7 @@ def _sweep(parent: Path) -> None:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-def _write(directory: Path, read: Read) -> Rows:
+def _write(directory: Path, read: Read, together: int) -> Rows:
     import pyarrow
 
     _sweep(directory.parent)
@@ -156,7 +157,7 @@ def _write(directory: Path, read: Read) -> Rows:
                 ]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
         found = Rows.open(staging / ROWS, Facts(0, 0, 0, ""))
-        found.facts = found.find_facts(report())
+        found.facts = found.find_facts(report(), together)
         size = (staging / ROWS).stat().st_size
         facts = {"rows": len(found), "bytes": size, "facts": found.facts._asdict()}
         (staging / FACTS).write_text(json.dumps(facts))

@@ -73,9 +73,9 @@ def chat_dataset(
         new_system_prompt=new_system_prompt,
     )
 
-    def tokens(row: Mapping[str, Any]) -> Tokens:
-        _check_turns(row, column, role, content)
-        return _tokenize(tokenizer, to_messages(row)["messages"])
+    def tokens(row: Mapping[str, Any]) -> list[Tokens]:
+        check_turns(row, column, role, content)
+        return [tokenize(tokenizer, to_messages(row)["messages"])]
 
     options = {
         "kind": "chat",
@@ -89,7 +89,12 @@ def chat_dataset(
     return read_once(found, tokens, tokenizer, policy, options)
 
 
-def _check_turns(row: Mapping[str, Any], column: str, role: str, content: str) -> None:
+def check_turns(row: Mapping[str, Any], column: str, role: str, content: str) -> None:
+    """Check that a row's column holds turns.
+
+    Raises:
+        BadRow: if not.
+    """
     turns = row.get(column)
     if not isinstance(turns, list):
         raise BadRow(
@@ -131,11 +136,11 @@ def instruct_dataset(
         train_on_input=train_on_input, column_map=columns, new_system_prompt=new_system_prompt
     )
 
-    def tokens(row: Mapping[str, Any]) -> Tokens:
+    def tokens(row: Mapping[str, Any]) -> list[Tokens]:
         for column in (columns["input"], columns["output"]):
             if not isinstance(row.get(column), str):
                 raise BadRow(f"no text in {column!r} (columns: {', '.join(row)})")
-        return _tokenize(tokenizer, to_messages(row)["messages"])
+        return [tokenize(tokenizer, to_messages(row)["messages"])]
 
     options = {
         "kind": "instruct",
@@ -177,13 +182,13 @@ def text_dataset(
     if packed and tokenizer.max_seq_len is None:
         raise UserError("dataset.packed: how long is a row? set tokenizer.max_seq_len")
 
-    def tokens(row: Mapping[str, Any]) -> Tokens:
+    def tokens(row: Mapping[str, Any]) -> list[Tokens]:
         if not isinstance(row.get(column), str):
             raise BadRow(f"no text in {column!r} (columns: {', '.join(row)})")
         if not row[column]:
             raise BadRow(f"{column!r} is empty")
         ids = [*tokenizer.encode(row[column]), tokenizer.eos_id]
-        return ids, [True] * len(ids)
+        return [(ids, [True] * len(ids))]
 
     options = {"kind": "text", "column": column, "packed": packed}
     policy = BadRows(on_bad_row, max_bad_rows, bad_rows_file)
@@ -191,7 +196,12 @@ def text_dataset(
     return read_once(found, tokens, tokenizer, policy, options)
 
 
-def _tokenize(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> Tokens:
+def tokenize(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> Tokens:
+    """A conversation's tokens, and which are a response's.
+
+    Raises:
+        BadRow: if the turns are not in order, or a response is missing or empty.
+    """
     try:
         validate_messages(list(messages))
     except ValueError as error:

@@ -13,7 +13,7 @@ def hold_out(rows: Rows, share: float, seed: int, max_rows: int | None = None) -
     Each row has a number of U(0, 1), a function of (seed, its place in the data set); those of the
     smallest are held out. So a larger share, or a larger ``max_rows``, holds out the same rows and
     more. At least one row is held out, and one is left. Of packed text a row is held out, not a
-    document, which may go on in the next.
+    document, which may go on in the next. Rows of one example (``Facts.together``) are as one row.
 
     Args:
         rows: the data set.
@@ -24,15 +24,18 @@ def hold_out(rows: Rows, share: float, seed: int, max_rows: int | None = None) -
     Raises:
         UserError: if there are fewer than two rows.
     """
-    if len(rows) < 2:
+    each = rows.facts.together
+    examples = len(rows) // each
+    if examples < 2:
         raise UserError(
-            f"dataset_val.split: dataset has {len(rows)} row: none can be held out of it"
+            f"dataset_val.split: dataset has {examples} row: none can be held out of it"
         )
-    count = max(1, min(round(share * len(rows)), max_rows or len(rows), len(rows) - 1))
-    u = torch.rand(len(rows), generator=keyed_generator(seed, "held out"), dtype=torch.float64)
-    held = torch.zeros(len(rows), dtype=torch.bool)
+    count = max(1, min(round(share * examples), max_rows or examples, examples - 1))
+    u = torch.rand(examples, generator=keyed_generator(seed, "held out"), dtype=torch.float64)
+    held = torch.zeros(examples, dtype=torch.bool)
     held[u.topk(count, largest=False).indices] = True
+    held = held.repeat_interleave(each)
     return (
         rows.choose((~held).nonzero()[:, 0], rows.facts.report),
-        rows.choose(held.nonzero()[:, 0], f"held out of dataset's {len(rows)}"),
+        rows.choose(held.nonzero()[:, 0], f"held out of dataset's {examples}"),
     )

@@ -15,12 +15,14 @@ class Prompt(NamedTuple):
 
     place: file and line. row: what the output line begins with. ids: of the rendered prompt.
     text: its turns for a reader, without the template; of ``read_prompts`` alone.
+    turns: as they were rendered; empty for a text to be continued; of ``read_prompts`` alone.
     """
 
     place: str
     row: dict[str, Any]
     ids: list[int]
     text: str = ""
+    turns: tuple[Mapping[str, str], ...] = ()
 
 
 def read_prompts(
@@ -60,7 +62,8 @@ def read_prompts(
         ids = tokenizer.encode(turns) if isinstance(turns, str) else tokenizer.prompt(turns)
         if tokenizer.mask_id in ids:
             raise UserError(f"{place}: the prompt holds the mask token itself")
-        found.append(Prompt(place, dict(row), ids, _shown(turns)))
+        kept = () if isinstance(turns, str) else tuple(turns)
+        found.append(Prompt(place, dict(row), ids, _shown(turns), kept))
     if not found:
         raise UserError(f"prompts: {prompts} has no prompts")
     return found

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,14 +83,15 @@ def _pack(documents: Iterator[Tokens], length: int) -> Iterator[Tokens]:
 
 def read_once(
     source: Source,
-    tokens: Callable[[Mapping[str, Any]], Tokens],
+    tokens: Callable[[Mapping[str, Any]], Sequence[Tokens]],
     tokenizer: ChatTokenizer,
     policy: BadRows,
     options: dict[str, Any],
 ) -> Rows:
     """The rows of a source, tokenised now or at an earlier start.
 
-    options: what ``tokens`` depends on besides the tokenizer.
+    tokens: of a raw row, as many rows each time: 1, or 2 that belong together (``Facts.together``).
+    options: what ``tokens`` depends on besides the tokenizer; ``together``, if that is not 1.
 
     Raises:
         UserError: on a bad row, by the policy; on a tokenizer that is no ``ChatTokenizer``.
@@ -113,7 +114,7 @@ def read_once(
         "options": options,
         **policy.identity,
     }
-    rows, policy.kept = cached(identity, read)
+    rows, policy.kept = cached(identity, read, options.get("together", 1))
     policy.publish()
     return rows
 
@@ -123,7 +124,7 @@ class Reader:
 
     def __init__(
         self,
-        tokens: Callable[[Mapping[str, Any]], Tokens],
+        tokens: Callable[[Mapping[str, Any]], Sequence[Tokens]],
         tokenizer: ChatTokenizer,
         policy: BadRows,
         packed: bool,
@@ -147,35 +148,45 @@ class Reader:
             for place, row in bar:
                 self.seen += 1
                 try:
-                    yield self._one(row)
+                    found = self._one(row)
                 except (BadRow, ValueError, KeyError) as error:
                     self.policy(place, str(error))
+                else:
+                    yield from found
         except OSError as error:
             raise UserError(
                 f"source: cannot be read after {self.seen} rows: {error.strerror or error}"
             ) from error
 
-    def _one(self, row: Any) -> Tokens:
+    def _one(self, row: Any) -> list[Tokens]:
         if isinstance(row, Invalid):
             raise BadRow(row.reason)
         if not isinstance(row, Mapping):
             raise BadRow(f"a row is an object with columns, not {type(row).__name__}")
-        ids, eligible = self.tokens(row)
-        if self.tokenizer.mask_id in ids:
-            raise BadRow("the text holds the mask token itself")
-        limit = self.limit
-        if limit is not None and len(ids) > limit and not self.packed:
-            if not any(eligible[:limit]):
-                raise BadRow(
-                    f"{len(ids)} tokens, and max_seq_len {limit} leaves none of its "
-                    "response: raise tokenizer.max_seq_len"
-                )
-            self.cut_rows, self.cut_tokens = self.cut_rows + 1, self.cut_tokens + len(ids) - limit
-            ids, eligible = ids[:limit], eligible[:limit]
+        whole = self.tokens(row)
+        found = [self._cut(ids, eligible) for ids, eligible in whole]
+        if len(found) > 1 and found[0] == found[1]:
+            raise BadRow(f"both answers are the same in the first {self.limit} tokens")
+        lost = [len(ids) - len(kept) for (ids, _), (kept, _) in zip(whole, found, strict=True)]
+        self.cut_rows, self.cut_tokens = self.cut_rows + any(lost), self.cut_tokens + sum(lost)
         name = row.get("id")
         if isinstance(name, str | int):
             self.names.append(hash((type(name), name)))
-        return ids, eligible
+        return found
+
+    def _cut(self, ids: list[int], eligible: list[bool]) -> Tokens:
+        """Up to the longest row; packed text is cut later, and loses nothing."""
+        if self.tokenizer.mask_id in ids:
+            raise BadRow("the text holds the mask token itself")
+        limit = self.limit
+        if limit is None or len(ids) <= limit or self.packed:
+            return ids, eligible
+        if not any(eligible[:limit]):
+            raise BadRow(
+                f"{len(ids)} tokens, and max_seq_len {limit} leaves none of its "
+                "response: raise tokenizer.max_seq_len"
+            )
+        return ids[:limit], eligible[:limit]
 
     def report(self) -> str:
         """One line on what was cut, left out or repeated; empty if nothing."""

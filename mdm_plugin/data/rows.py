@@ -70,6 +70,7 @@ class Facts(NamedTuple):
     tokens: in all rows. longest: tokens of the longest. max_token: the largest token id, or more.
     fingerprint: a hash of all tokens and of what is eligible: another one is other data.
     report: one line on what reading cut or left out; empty if nothing.
+    together: rows of one example, next to each other: 2 for a preference (``preference_dataset``).
     """
 
     tokens: int
@@ -77,6 +78,7 @@ class Facts(NamedTuple):
     max_token: int
     fingerprint: str
     report: str = ""
+    together: int = 1
 
 
 TOKENS_PER_CHUNK = 1 << 20
@@ -87,13 +89,15 @@ class Rows(torch.utils.data.Dataset[Row]):
 
     Args:
         rows: (token ids, eligible) of each row, to be held in memory, five bytes per token.
-        report: as in ``Facts``.
+        report, together: as in ``Facts``.
     """
 
-    def __init__(self, rows: Iterable[tuple[list[int], list[bool]]], report: str = "") -> None:
+    def __init__(
+        self, rows: Iterable[tuple[list[int], list[bool]]], report: str = "", together: int = 1
+    ) -> None:
         held = list(chunks(rows))
         self._use([Part(x.tokens, x.eligible) for x in held], [x.ends for x in held])
-        self.facts = self.find_facts(report)
+        self.facts = self.find_facts(report, together)
 
     @classmethod
     def open(cls, file: Path, facts: Facts) -> "Rows":
@@ -157,6 +161,7 @@ class Rows(torch.utils.data.Dataset[Row]):
             self.facts.max_token,
             digest.hexdigest(),
             report,
+            self.facts.together,
         )
         return view
 
@@ -213,10 +218,12 @@ class Rows(torch.utils.data.Dataset[Row]):
         return torch.tensor(counts, dtype=torch.long)
 
     def __str__(self) -> str:
-        text = f"{len(self)} rows, {self.facts.tokens} tokens"
+        each = self.facts.together
+        examples = f"{len(self)} rows" if each == 1 else f"{len(self) // each} preferences"
+        text = f"{examples}, {self.facts.tokens} tokens"
         return f"{text}; {self.facts.report}" if self.facts.report else text
 
-    def find_facts(self, report: str = "") -> Facts:
+    def find_facts(self, report: str = "", together: int = 1) -> Facts:
         """The facts, by reading all rows once for each of what is hashed."""
         digest, max_token = blake2b(digest_size=16), 0
         sizes = [int(x) for x in numpy.diff(self._starts)]
@@ -228,7 +235,8 @@ class Rows(torch.utils.data.Dataset[Row]):
             digest.update(part.eligible[0:size].tobytes())
         digest.update(self._ends.tobytes())
         longest = int(numpy.diff(self._ends).max(initial=0))
-        return Facts(int(self._ends[-1]), longest, max_token, digest.hexdigest(), report)
+        name = digest.hexdigest()
+        return Facts(int(self._ends[-1]), longest, max_token, name, report, together)
 
 
 def chunks(rows: Iterable[tuple[list[int], list[bool]]]) -> Iterator[Chunk]:

@@ -3,6 +3,20 @@
 May import: everything but titan.
 """
 
-from mdm_plugin.quickstart.data import prepare, prepare_autoregressive, prepare_data, verifier
+from mdm_plugin.quickstart.data import (
+    prepare,
+    prepare_apprentice,
+    prepare_autoregressive,
+    prepare_data,
+    prepare_preferences,
+    verifier,
+)
 
-__all__ = ["prepare", "prepare_autoregressive", "prepare_data", "verifier"]
+__all__ = [
+    "prepare",
+    "prepare_apprentice",
+    "prepare_autoregressive",
+    "prepare_data",
+    "prepare_preferences",
+    "verifier",
+]

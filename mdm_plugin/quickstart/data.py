@@ -73,6 +73,58 @@ def prepare_autoregressive(directory: str, beside: str) -> None:
     _train_once(directory, "quickstart_autoregressive", "autoregressive")
 
 
+def prepare_apprentice(directory: str) -> None:
+    """``prepare``, and a model that is right in two of three: there is something left to learn.
+
+    Args:
+        directory: gets apprentice/model.safetensors besides, by half of the quickstart's steps, on
+            the bound and with AdamW.
+
+    Raises:
+        UserError: if a training fails.
+    """
+    prepare(directory)
+    changes = ("epochs=20", "objective=null", "optimizer=torch.optim.AdamW", "optimizer.lr=4e-3")
+    _train_once(directory, "quickstart", "apprentice", *changes)
+
+
+def prepare_preferences(directory: str, prompts: int = 1000, samples: int = 8) -> None:
+    """``prepare_apprentice``, and preferences: its own answers, right ones over wrong ones.
+
+    Args:
+        directory: gets pairs.jsonl besides, by mdm_generate.
+        prompts: of the training problems, the first ones.
+        samples: answers to each.
+
+    Raises:
+        UserError: if a training fails, or no pairs are written.
+    """
+    prepare_apprentice(directory)
+    home = Path(directory).expanduser()
+    with FileLock(home / ".lock_pairs"):
+        if (home / "pairs.jsonl").is_file():
+            return
+        print("Quickstart: the apprentice answers training problems, once", flush=True)
+        lines = (home / "train.jsonl").read_text().splitlines()[:prompts]
+        (home / "pairs_prompts.jsonl").write_text("\n".join(lines) + "\n")
+        arguments = [
+            "quickstart_generate",
+            f"data_dir={home}",
+            f"checkpointer.checkpoint_dir={home / 'apprentice'}",
+            f"prompts={home / 'pairs_prompts.jsonl'}",
+            "decoding.temperature=1.0",
+            f"samples={samples}",
+            "verifier._component_=mdm_plugin.quickstart.verifier",
+            f"output={home / 'pairs_answers.jsonl'}",
+            f"pairs={home / '.pairs.jsonl'}",
+            "overwrite=True",
+            "batch_size=128",
+        ]
+        if _run("mdm_generate", *arguments):
+            raise UserError("prepare: mdm_generate failed: no preferences were written")
+        (home / ".pairs.jsonl").rename(home / "pairs.jsonl")
+
+
 def prepare_data(directory: str) -> None:
     """Make the data and the tokenizer, where missing.
 
@@ -174,27 +226,32 @@ def write_tokenizer(home: Path, texts: list[str], vocabulary: int) -> None:
     (home / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def _train_once(directory: str, config: str, name: str) -> None:
+def _train_once(directory: str, config: str, name: str, *changes: str) -> None:
     """Make ``name``/model.safetensors by a packaged config, if missing; one process does."""
     home = Path(directory).expanduser()
     with FileLock(home / f".lock_{name}"):
         if not (home / name / "model.safetensors").is_file():
             print(f"Quickstart: training its {name} model, once", flush=True)
-            _train(home, config, name)
+            _train(home, config, name, *changes)
 
 
-def _train(home: Path, config: str, name: str) -> None:
-    """Train by a packaged config; its weights become ``name``/model.safetensors."""
-    # In a process of its own, and not as a part of a torchrun that may be running this one.
+def _run(recipe: str, config: str, *changes: str) -> int:
+    """Run a recipe in a process of its own, and not as a part of a torchrun that may be running
+    this one; its exit code."""
     drop = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "OMP_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-    command = [sys.executable, "-m", "mdm_full_finetune", "--config", config]
+    command = [sys.executable, "-m", recipe, "--config", config, *changes]
+    return subprocess.run(command, env=environment).returncode
+
+
+def _train(home: Path, config: str, name: str, *changes: str) -> None:
+    """Train by a packaged config; its weights become ``name``/model.safetensors."""
     work = home / f"{name}_run"
     shutil.rmtree(work, ignore_errors=True)  # what an attempt that was cut short has left
-    done = subprocess.run([*command, f"data_dir={home}", f"output_dir={work}"], env=environment)
+    code = _run("mdm_full_finetune", config, f"data_dir={home}", f"output_dir={work}", *changes)
     weights = [x / "model.safetensors" for x in Checkpointer(str(work)).steps()]
-    if done.returncode or not weights:
-        raise UserError(f"prepare: {config} failed (exit code {done.returncode})")
+    if code or not weights:
+        raise UserError(f"prepare: {config} failed (exit code {code})")
     staging = home / f".{name}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()

@@ -22,6 +22,8 @@ def read_datasets(cfg: DictConfig, tokenizer: ChatTokenizer) -> tuple[Rows, Rows
         UserError: if a value is out of range, or the rows are held out and never looked at; and as
             the data sets' components.
     """
+    if cfg.dataset is None:
+        raise UserError("dataset: null: name the rows that are to be learnt")
     own = cfg.dataset_val or {}
     if "_component_" in own or "split" not in own:
         return instantiate(cfg, "dataset", tokenizer), instantiate(cfg, "dataset_val", tokenizer)
@@ -50,14 +52,14 @@ def read_datasets(cfg: DictConfig, tokenizer: ChatTokenizer) -> tuple[Rows, Rows
 def global_batches(
     cfg: DictConfig, rows: Rows, tokenizer: ChatTokenizer, world: World, accumulation: int
 ) -> GlobalBatches:
-    """This rank's share of the batches of ``rows``.
+    """This rank's share of the batches of ``rows``; ``cfg.batch_size`` counts examples.
 
     Raises:
         UserError: if the rows do not fill one global batch.
     """
     return GlobalBatches(
         rows,
-        Split(cfg.batch_size, world.size, world.rank, accumulation),
+        Split(cfg.batch_size * rows.facts.together, world.size, world.rank, accumulation),
         Padding(
             tokenizer.pad_id,
             tokenizer.eos_id if cfg.train_eos_padding else None,

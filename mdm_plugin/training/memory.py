@@ -81,7 +81,7 @@ class Job(NamedTuple):
 
     def resting(self) -> float:
         """Bytes of all parameters at rest, of all shards."""
-        frozen = sum(_nbytes(p) for p in self.model.parameters() if not p.requires_grad)
+        frozen = sum(nbytes(p) for p in self.model.parameters() if not p.requires_grad)
         return frozen + self.widening * sum(p.nbytes for p in self.trained)
 
 
@@ -232,7 +232,7 @@ def _optimizer_bytes(cfg: DictConfig, named: dict[str, nn.Parameter]) -> tuple[f
     return total, max(0.0, sum(_peak(tracker).values()) - total - parameters)
 
 
-def _nbytes(parameter: Tensor) -> int:
+def nbytes(parameter: Tensor) -> int:
     """Bytes of its storage; NF4 has half a byte per value, and scales."""
     data = parameter.data
     if not isinstance(data, NF4Tensor):
@@ -244,7 +244,7 @@ def _gathered(model: MDMTransformer, reshard: bool) -> int:
     """What FSDP2 has whole while it runs a layer and fetches the next: parameters in the dtype that
     is computed in, their gradients, and those of a layer in fp32 for the sum over the ranks. All
     layers' parameters where they stay after the forward pass, which is not to ``reshard`` them."""
-    sizes = [sum(_nbytes(p) for p in layer.parameters()) for layer in model.layers]
+    sizes = [sum(nbytes(p) for p in layer.parameters()) for layer in model.layers]
     layers = 2 * max(sizes) if reshard else sum(sizes)
     inner = {id(p) for layer in model.layers for p in layer.parameters()}
     outer = [p for p in model.parameters() if id(p) not in inner]

@@ -4,7 +4,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mdm_plugin.config.secrets import redacted
 from mdm_plugin.contract import Estimator, Objective
 from mdm_plugin.distributed.world import World
 from mdm_plugin.torchtune_internals import summary_writer
+from mdm_plugin.training.probe import plot_fit, write_fit
 from mdm_plugin.training.step import Result, to_device
 
 T_BINS = 10
@@ -63,6 +65,7 @@ class StepMetrics:
         self._sums = torch.zeros(1 + 2 * T_BINS + 5, device=self.world.device)
         self._grad_norm: Any = torch.zeros((), device=self.world.device)
         self._steps = 0
+        self._values: dict[str, float] = {}
         self._importance_max = 0.0
         self._start = time.perf_counter()
 
@@ -85,8 +88,18 @@ class StepMetrics:
         )
         self._sums[-5:] += to_device(counts, losses.device)
 
-    def step(self, results: Sequence[Result], grad_norm: Tensor | None) -> None:
-        """Add an optimizer step: of its micro-batches, and its gradient's norm, if known."""
+    def step(
+        self,
+        results: Sequence[Result],
+        grad_norm: Tensor | None,
+        values: Mapping[str, float] | None = None,
+    ) -> None:
+        """Add an optimizer step: of its micro-batches, and its gradient's norm, if known.
+
+        values: what else is shown of it, the same on every rank.
+        """
+        for name, value in (values or {}).items():
+            self._values[name] = self._values.get(name, 0.0) + value
         for result in results:
             self._micro_batch(result)
         self._grad_norm = None if grad_norm is None else self._grad_norm + grad_norm.detach()
@@ -104,18 +117,22 @@ class StepMetrics:
             return {"speed/seconds_per_step": math.nan}
         figures = {
             "train/loss": sums[0] / self._steps,
-            "train/masked_fraction": masked / eligible,
-            "train/importance_weight_mean": importance / rows,
-            "train/importance_weight_max": most,
             "speed/tokens_per_second": tokens / seconds,
             "speed/masked_tokens_per_second": masked / seconds,
             "speed/seconds_per_step": seconds / self._steps,
         }
+        if rows:
+            figures |= {
+                "train/masked_fraction": masked / eligible,
+                "train/importance_weight_mean": importance / rows,
+                "train/importance_weight_max": most,
+            }
         for i, (total, count) in enumerate(zip(by_t, rows_by_t, strict=True)):
             if count:
                 figures[f"train_loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = total / count
         if self._grad_norm is not None:
             figures["train/grad_norm"] = self._grad_norm.item() / self._steps
+        figures.update({name: total / self._steps for name, total in self._values.items()})
         figures.update({f"memory/{k}": v for k, v in memory_gib(self.world.device).items()})
         self._reset()
         return figures
@@ -141,6 +158,15 @@ def first_line(cfg: DictConfig, world: World, estimator: Estimator, objective: O
         f"{ranks} on {device}; {precision}; timesteps {names[0]}, masking {names[1]}, objective "
         f"{names[2]}; optimizer {optimizer}"
     )
+
+
+def show_fit(report: dict[str, Any], directory: Path, logger: Any, world: World, step: int) -> None:
+    """What was fitted to a probe, on rank 0: JSON in ``directory``, and TensorBoard's figure."""
+    if world.rank != 0:
+        return
+    write_fit(report, directory / f"timesteps_step_{step}.json")
+    if isinstance(logger, TensorBoardLogger):
+        logger.log_figure("timesteps", plot_fit(report), step)
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

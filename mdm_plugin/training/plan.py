@@ -14,24 +14,25 @@ from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Split
 from mdm_plugin.data.batches import Batch
+from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.errors import UserError
-from mdm_plugin.models import MDMTransformer
+from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.training.batches import read_datasets
-from mdm_plugin.training.checks import (
-    check_adapters,
+from mdm_plugin.training.checks import check_adapters
+from mdm_plugin.training.estimators import (
     check_estimator,
     is_causal,
     read_estimator,
     read_objective,
 )
-from mdm_plugin.training.memory import Job, Memory, memory
+from mdm_plugin.training.memory import Job, Memory, memory, nbytes
 from mdm_plugin.training.precision import check_precision
 
 GIB = 2**30
 
 
-def dry_run(cfg: DictConfig, adapters: bool) -> None:
+def dry_run(cfg: DictConfig, adapters: bool | None, together: int = 1) -> None:
     """Print what the run of ``cfg`` will need on each rank, and do; on the first process alone.
 
     Raises:
@@ -40,13 +41,17 @@ def dry_run(cfg: DictConfig, adapters: bool) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracker's, on what fake tensors lack
-            print(plan(cfg, adapters))
+            print(plan(cfg, adapters, together))
 
 
-def plan(cfg: DictConfig, adapters: bool) -> str:
+def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     """A table of what the run of ``cfg`` will need on each rank, and do.
 
     ``cfg.dry_run``: True, for as many ranks as were started; or {ranks, device_gib}.
+
+    Args:
+        adapters: whether the model is to have adapters; None for either.
+        together: rows of one example, of which ``cfg.batch_size`` counts.
 
     Raises:
         UserError: if something in the config is wrong, or the run does not fit the device.
@@ -66,26 +71,27 @@ def plan(cfg: DictConfig, adapters: bool) -> str:
     model = _fake_model(cfg, adapters, mode)
     check_estimator(estimator, is_causal(model))
     check_precision(cfg)
-    size = cfg.batch_size * ranks * accumulation
+    count = cfg.batch_size * (cfg.group_size if "prompts" in cfg else together)
+    size = count * ranks * accumulation
     length, lines = _data(cfg, model, size, estimator)
     length = -(-length // cfg.pad_to_multiple_of) * cfg.pad_to_multiple_of
-    rows = Batch(
-        torch.zeros(cfg.batch_size, length, dtype=torch.long),
-        torch.ones(cfg.batch_size, length, dtype=torch.bool),
-        None,
-        torch.rand(cfg.batch_size, length, dtype=torch.float64),
-        torch.arange(cfg.batch_size),
-    )
     shards = ranks // cfg.data_parallel_replicate_dim
     masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
-    job = Job(model, estimator, rows, mode, shards, accumulation, masters)
+    if "prompts" in cfg:
+        lines.append(_answers(cfg, model, count))
+    # A step's draws come one after another, as micro-batches do.
+    parts = accumulation * _draws(cfg, estimator)
+    job = Job(model, estimator, _rows(count, length), mode, shards, parts, masters)
     need = memory(cfg, job)
+    if copy := _copy(cfg, model) / shards:
+        need = need._replace(parameters=need.parameters + copy, peak=need.peak + copy)
+        lines.append(f"Of the parameters, the reference's copy: {copy / GIB:.2f} GiB")
     total = sum(p.numel() for p in model.parameters())
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     out = [
         f"Dry run: {total:,} parameters, {learnt:,} of them trained in {cfg.master_dtype}, "
         f"computed with in {cfg.dtype}; {ranks} ranks, each copy of the model on {shards}",
-        f"a micro-batch: {cfg.batch_size} rows of {length} tokens, "
+        f"a micro-batch: {count} rows of {length} tokens, "
         f"{estimator.masking.views} view(s) each; a step: {size} rows",
         "",
         "On each rank, GiB",
@@ -97,6 +103,29 @@ def plan(cfg: DictConfig, adapters: bool) -> str:
     return "\n".join(out) + _fit(cfg, need, given)
 
 
+def _rows(count: int, length: int) -> Batch:
+    """Rows of which all may be masked."""
+    return Batch(
+        torch.zeros(count, length, dtype=torch.long),
+        torch.ones(count, length, dtype=torch.bool),
+        None,
+        torch.rand(count, length, dtype=torch.float64),
+        torch.arange(count),
+    )
+
+
+def _draws(cfg: DictConfig, estimator: Estimator) -> int:
+    """Draws of each row in a step: several where bounds are estimated."""
+    return max(1, int(cfg.draws) // estimator.masking.views) if "draws" in cfg else 1
+
+
+def _copy(cfg: DictConfig, model: MDMTransformer) -> int:
+    """Bytes of a reference model beside the one that is trained, of all shards."""
+    if "reference" not in cfg or cfg.reference != "model":
+        return 0
+    return sum(nbytes(p) for p in model.parameters())
+
+
 def _given(cfg: DictConfig) -> dict[str, Any]:
     """``cfg.dry_run``'s ranks and device_gib, where they are given."""
     dictionary = isinstance(cfg.dry_run, DictConfig)
@@ -106,7 +135,7 @@ def _given(cfg: DictConfig) -> dict[str, Any]:
     return given
 
 
-def _fake_model(cfg: DictConfig, adapters: bool, mode: FakeTensorMode) -> MDMTransformer:
+def _fake_model(cfg: DictConfig, adapters: bool | None, mode: FakeTensorMode) -> MDMTransformer:
     """The config's model on fake tensors, with what is to be trained marked so."""
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu"))
     with mode, training.set_default_dtype(dtype):
@@ -140,6 +169,8 @@ def _data(
     """The longest row, and lines on the run's length; from the data if they are there."""
     try:
         tokenizer = instantiate(cfg, "tokenizer")
+        if "prompts" in cfg:
+            return _of_prompts(cfg, tokenizer, size)
         rows, _ = read_datasets(cfg, tokenizer)
         batches = GlobalBatches(rows, Split(size), Padding(0), seed=cfg.seed)
     except UserError as error:
@@ -147,9 +178,12 @@ def _data(
         return longest, [f"Steps: unknown ({error}); rows taken to be {longest} tokens long"]
     per_epoch = min(batches.steps_per_epoch, cfg.max_steps_per_epoch or batches.steps_per_epoch)
     steps, views = cfg.epochs * per_epoch, estimator.masking.views
+    views *= _draws(cfg, estimator)
+    if "reference" in cfg:
+        views *= 3  # the policy's without gradients and with, and the reference's
     probe, wanted = 0, estimator.timesteps.probe_plan(estimator.w)
     if wanted:
-        probe = len(wanted.t) * wanted.rows * wanted.masks * views
+        probe = len(wanted.t) * wanted.rows * wanted.masks * estimator.masking.views
         if wanted.every_n_steps:
             probe *= -(-steps // wanted.every_n_steps)
     tokens = steps * size * rows.facts.tokens / len(rows)
@@ -158,6 +192,29 @@ def _data(
         f"{steps * size * views + probe:,}, {probe:,} of them to probe the model; tokens without "
         f"filling: {tokens:,.0f}"
     ]
+
+
+def _of_prompts(cfg: DictConfig, tokenizer: ChatTokenizer, size: int) -> tuple[int, list[str]]:
+    """The longest row of a prompt and its answer, and a line on the run's length."""
+    prompts = read_prompts(tokenizer, prompts=cfg.prompts)
+    longest = max(len(x.ids) for x in prompts) + cfg.max_new_tokens
+    per_epoch = len(prompts) // (size // cfg.group_size)
+    steps = cfg.epochs * min(per_epoch, cfg.max_steps_per_epoch or per_epoch)
+    written = cfg.decoding.get("steps") or cfg.max_new_tokens
+    return longest, [
+        f"Steps: {steps:,}, each of {size} answers and {cfg.updates} updates; forwards: "
+        f"{steps * size * written:,} to write them, {steps * size * cfg.draws * cfg.updates * 2:,} "
+        "to learn from them"
+    ]
+
+
+def _answers(cfg: DictConfig, model: MDMTransformer, rows: int) -> str:
+    """A line on what writing answers takes for the moment."""
+    width = cfg.decoding.get("block_length") or cfg.max_new_tokens
+    size = rows * width * model.tok_embeddings.num_embeddings * 4
+    return (
+        f"Writing {rows} answers at once: {size / GIB:.2f} GiB of logits, of {width} positions each"
+    )
 
 
 def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torchtune import training
 
 from mdm_plugin.config.components import find_component
+from mdm_plugin.distributed.build import Build
 from mdm_plugin.errors import UserError
 
 FLOAT8_CAPABILITY = (8, 9)  # of a CUDA device whose matrix products can be in float8
@@ -66,3 +67,15 @@ def rounding(cfg: DictConfig) -> dict[str, Any]:
             "or master_dtype=fp32, or stochastic_rounding=False"
         )
     return {_ROUNDING: True}
+
+
+def build_options(cfg: DictConfig, device: torch.device) -> Build:
+    """How ``cfg`` has its model built: what is compiled, kept, and in which precision."""
+    return Build(
+        compile=cfg.compile,
+        float8=cfg.fp8_recipe_name if cfg.enable_fp8_training else None,
+        activation_checkpointing=cfg.enable_activation_checkpointing,
+        cpu_offload=cfg.fsdp_cpu_offload,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+        masters=master_dtype(cfg, device),
+    )

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _MAY_DIFFER = (
     "log_every_n_steps save_every_n_epochs save_every_n_steps keep_last_n keep_best_n "
     "enable_async_checkpointing max_skipped_steps loss_spike_z dataset_val run_val_every_n_steps "
     "val_draws sample_rows sample_new_tokens sample_steps questions max_questions verifier "
-    "optimizer.fused optimizer.foreach"
+    "optimizer.fused optimizer.foreach bound.chunk_size prompts reward_timeout max_failed_rewards"
 )
 
 
@@ -128,7 +129,9 @@ def _check_config(cfg: DictConfig, checkpoint: Path) -> None:
         loaded: Any = OmegaConf.load(file)
         if "master_dtype" not in loaded:  # of a release that trained in ``dtype`` itself
             loaded["master_dtype"] = loaded["dtype"]
-        stored = OmegaConf.merge(OmegaConf.structured(Options), loaded)
+        options = OmegaConf.get_type(cfg)
+        known = options if is_dataclass(options) else Options
+        stored = OmegaConf.merge(OmegaConf.structured(known), loaded)
     except Exception as error:  # damaged, or of another version: of many kinds
         raise UserError(
             f"resume_from_checkpoint: {file} cannot be read as a run's config: name another "

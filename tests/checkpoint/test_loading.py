@@ -1,6 +1,7 @@
 """Loading at the models' true width, and on ranks of which none holds the whole."""
 
 import json
+import os
 import re
 
 import pytest
@@ -14,8 +15,8 @@ from mdm_plugin.distributed.parameters import named_parameters
 from mdm_plugin.distributed.world import World
 from mdm_plugin.models import llada
 from mdm_plugin.models.naming import FAMILIES
+from tests import forks
 from tests.checkpoints import full_attention
-from tests.conftest import BIN
 
 GIB = 2**30
 
@@ -127,16 +128,16 @@ with distributed("cpu") as world:
 
 
 @pytest.mark.slow
-def test_on_two_ranks_none_holds_much_more_than_its_half(command, tmp_path):
+def test_on_two_ranks_none_holds_much_more_than_its_half(tmp_path):
     torch.manual_seed(0)
     total = random_checkpoint(
         tmp_path / "hf", lambda: llada(8000, 8, 8, 1024, 64, 4096), 8, torch.float32
     )
     assert total > 0.5 * GIB
     shard = max(f.stat().st_size for f in (tmp_path / "hf").glob("*.safetensors"))
-    (tmp_path / "load.py").write_text(SCRIPT)
-    launch = [BIN / "torchrun", "--nproc_per_node", "2", tmp_path / "load.py", tmp_path / "hf"]
-    done = command(*launch)
+    words = ["python", "-c", SCRIPT, str(tmp_path / "hf")]
+    done = forks.RECIPES.run(words, 2, tmp_path, {"OMP_NUM_THREADS": "1", **os.environ})
+    assert done.returncode == 0, done.stderr
     peaks = [int(x) for x in re.findall(r"PEAK (\d+)", done.stdout)]
     print(total, shard, peaks)
     assert len(peaks) == 2

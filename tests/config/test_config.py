@@ -4,10 +4,19 @@ import pytest
 
 from mdm_plugin.cli import recipe_of
 from mdm_plugin.config.loading import config_names, load_config
-from mdm_plugin.config.options import EvalOptions, GenerateOptions, Options, VarianceOptions
+from mdm_plugin.config.options import (
+    DPOOptions,
+    EvalOptions,
+    GenerateOptions,
+    GRPOOptions,
+    Options,
+    VarianceOptions,
+)
 from mdm_plugin.errors import UserError
 
 OPTIONS = {
+    "mdm_dpo": DPOOptions,
+    "mdm_grpo": GRPOOptions,
     "mdm_variance": VarianceOptions,
     "mdm_generate": GenerateOptions,
     "mdm_eval": EvalOptions,
@@ -42,9 +51,13 @@ def test_each_large_config_is_for_its_recipe():
         "full": "mdm_full_finetune",
         "lora": "mdm_lora_finetune",
         "qlora": "mdm_lora_finetune",
+        "lora_dpo": "mdm_dpo",
+        "lora_grpo": "mdm_grpo",
         "eval": "mdm_eval",
         "generate": "mdm_generate",
     }
     large = [name for name in config_names() if "/" in name]
-    assert sorted(large) == sorted(f"{x}_{y}" for x in ("llada/8B", "dream/7B") for y in recipes)
-    assert all(recipe_of(name) == recipes[name.rpartition("_")[2]] for name in large)
+    both = {f"{x}_{y}" for x in ("llada/8B", "dream/7B") for y in recipes}
+    assert set(large) == {*both, "llada/8B_dpo"}
+    recipes["dpo"] = "mdm_dpo"
+    assert all(recipe_of(name) == recipes[name.partition("B_")[2]] for name in large)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import BIN, TINY, scalars
+from tests import forks
+from tests.conftest import TINY, scalars
+from tests.forked import Forked
 
 TWO_RANKS = ("--nproc_per_node", "2")
 
@@ -72,26 +74,20 @@ def test_every_option_of_memory_and_layout_is_the_same_run(tune, tmp_path):
 
 
 def test_a_launch_on_two_nodes_is_the_same_run(tune, tmp_path, data_dir):
-    """Two torchrun agents on this machine that meet by c10d rendezvous."""
+    """Two agents of torchrun on this machine that meet by c10d rendezvous."""
     tune("batch_size=8", out="one")
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # fmt: off
     launch = [
-        str(BIN / "tune"), "run", "--nnodes", "2", "--nproc_per_node", "1",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "tiny",
-        "--local_addr", "127.0.0.1",
+        str(forks.PYTHON), "tune", "run", "--nnodes", "2", "--nproc_per_node", "1",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{forks.free_port()}",
+        "--rdzv_id", "tiny", "--local_addr", "127.0.0.1",
         "mdm_full_finetune", "--config", str(TINY), f"data_dir={data_dir}",
         f"output_dir={tmp_path / 'nodes'}", "batch_size=4",
     ]
     # fmt: on
-    nodes = [
-        subprocess.Popen(launch, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for _ in range(2)
-    ]
+    env = {"OMP_NUM_THREADS": "1", **os.environ, **forks.RECIPES.environment()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    nodes = [subprocess.Popen(launch, cwd=tmp_path, env=env, **pipes) for _ in range(2)]
     outputs = [node.communicate(timeout=240)[0].decode() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert sum("984" in o or "2 ranks on cpu" in o for o in outputs) == 1  # rank 0 speaks
@@ -137,14 +133,16 @@ def test_every_layout_is_the_same_run(tmp_path, tune):
 
 def kill_at(step: int, arguments: list[str], cwd: Path, log: Path) -> None:
     """Start a run and kill -9 it once its log shows the step."""
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
     with log.open("w") as out:
-        run = subprocess.Popen(arguments, cwd=cwd, stdout=out, stderr=subprocess.STDOUT)
+        streams = (0, out.fileno(), out.fileno())
+        run = Forked(forks.RECIPES.socket, arguments, str(cwd), env, streams)
         deadline = time.monotonic() + 120
         while f"AT STEP {step}\n" not in log.read_text():
-            assert run.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        run.signal(signal.SIGKILL)
+        assert run.exit_code() == -signal.SIGKILL
 
 
 # Prints each step, slowly enough to be killed at one.
@@ -238,7 +236,6 @@ def test_training_learns_and_shows_it(tune, tmp_path, data_dir):
         f"questions={data_dir}/val.jsonl",
         "max_questions=6",
         "verifier._component_=tests.recipes.test_full_finetune.even_length",
-        PYTHONPATH=str(Path(__file__).parents[2]),
     )
     lines = [line for line in done.stdout.splitlines() if "val/nelbo" in line]
     assert [line.split(":")[0] for line in lines] == ["step 0/20", "step 10/20", "step 20/20"]

@@ -1,4 +1,4 @@
-"""Several runs of torchtitan in one process each rank: torchrun … -m tests.titan.runs SPEC.json.
+"""Several runs of torchtitan in one process each rank: python -m tests.titan.runs SPEC.json.
 
 SPEC.json: [{"module", "config", "arguments", "lr", "out"}, …]. Rank r writes out/rank_r.json: the
 loss and the gradient's norm of each step, what was logged besides, or the error that it ended with.
@@ -56,8 +56,7 @@ def train(run: dict) -> dict:
 
 if __name__ == "__main__":
     for run in json.loads(Path(sys.argv[1]).read_text()):
-        # A store of its own for each: torchrun's serves one process group.
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        # A store of its own for each.
         os.environ["MASTER_PORT"] = str(run["port"])
         out = Path(run["out"])
         out.mkdir(parents=True, exist_ok=True)

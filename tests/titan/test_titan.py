@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints import oracle, write
-from tests.conftest import BIN, scalars, torchrun
+from tests.conftest import BIN, scalars
 from tests.forks import free_port
 
 pytest.importorskip("torchtitan")
@@ -43,8 +43,11 @@ def home(data_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def titan(command, home, data_dir, tmp_path):
+def titan(torchtitan, home, data_dir, tmp_path):
     """Runs of torchtitan on some ranks: {name: {rank: what it wrote}}."""
+
+    some = (data_dir / "val.jsonl").read_text().splitlines(keepends=True)[:40]
+    (tmp_path / "some.jsonl").write_text("".join(some))
 
     def run(ranks, runs):
         spec = []
@@ -53,7 +56,7 @@ def titan(command, home, data_dir, tmp_path):
             arguments = [
                 *("--hf_assets_path", str(home / family), "--checkpoint.initial_load_in_hf"),
                 *("--dataloader.dataset_path", str(data_dir / "val.jsonl")),
-                *("--validator.dataset_path", str(data_dir / "val.jsonl")),
+                *("--validator.dataset_path", str(tmp_path / "some.jsonl")),
                 *("--dataloader.seed", "7", "--training.seq_len", "64"),
                 *("--training.local_batch_size", "8", "--training.global_batch_size", "8"),
                 *("--training.steps", "3", "--metrics.log_freq", "1", "--validator.freq", "3"),
@@ -69,7 +72,7 @@ def titan(command, home, data_dir, tmp_path):
                 }
             )
         (tmp_path / "spec.json").write_text(json.dumps(spec))
-        torchrun(command, ranks, "tests.titan.runs", tmp_path / "spec.json", home=home)
+        torchtitan(ranks, "tests.titan.runs", tmp_path / "spec.json", home=home)
         return {
             name: [
                 json.loads((tmp_path / name / f"rank_{r}.json").read_text()) for r in range(ranks)
@@ -266,22 +269,22 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-def losses(done):
-    text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+def losses(printed):
+    text = re.sub(r"\x1b\[[0-9;]*m", "", printed)
     return {int(s): float(x) for s, x in re.findall(r"step: +(\d+) +loss: +([\d.]+)", text)}
 
 
-def test_torchtitans_own_command_trains_and_resumes(command, home, tmp_path):
+def test_torchtitans_own_command_trains_and_resumes(torchtitan, home, tmp_path):
     """50 steps on text by two ranks; a half of them again, by one rank, from the checkpoint."""
     arguments = (
         *("torchtitan.train", "--module", "mdm_plugin.titan.llada"),
         *("--config", "llada_debugmodel", "--dump_folder", tmp_path / "run"),
         *("--checkpoint.async_mode", "async"),
     )
-    whole = losses(torchrun(command, 2, *arguments, home=home))
+    whole = losses(torchtitan(2, *arguments, home=home))
     assert max(whole) == 50 and whole[50] < 0.7 * whole[1]
     shutil.rmtree(tmp_path / "run" / "checkpoint" / "step-50")
-    again = losses(torchrun(command, 1, *arguments, home=home))
+    again = losses(torchtitan(1, *arguments, home=home))
     assert min(again) > 25 and max(again) == 50
     for step, loss in again.items():
         assert loss == pytest.approx(whole[step], rel=1e-5, abs=2e-5)

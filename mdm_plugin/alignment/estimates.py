@@ -1,0 +1,102 @@
+"""Estimates of a response's log-probability that others published, as samplers and masks.
+
+They are here to be compared with, and to be used by who wants them. Each says whether it is the
+bound's estimate, or by what it is not.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from mdm_plugin.contract import Masking, Times, TimestepSampler, Views
+from mdm_plugin.density import Density
+from mdm_plugin.masking import random_order
+
+
+class GaussQuadrature(TimestepSampler):
+    """t at the three nodes of Gauss's rule on (0, 1), with its weights (GDPO, arXiv 2510.08554).
+
+    Of three draws. It is exact for L(t) that is a polynomial up to the fifth degree, and biased for
+    others: the nodes are always the same.
+
+    Raises:
+        ValueError: for another number of draws than 3.
+    """
+
+    def __call__(self, n: int, generator: Generator, w: Density) -> Times:
+        if n != 3:
+            raise ValueError(f"GaussQuadrature has 3 nodes, and there are {n} draws: set draws: 3")
+        half = 0.5 * 0.6**0.5
+        nodes = torch.tensor([0.5 - half, 0.5, 0.5 + half], dtype=torch.float64)
+        weights = torch.tensor([5 / 6, 8 / 6, 5 / 6], dtype=torch.float64)
+        return Times(w.quantile(nodes), weights)
+
+
+class RoundedCount(Masking):
+    """max(1, ⌊t·N⌋ of N) positions are masked, weight N over that number (GDPO).
+
+    ``FixedCount`` with another rounding: it is biased, as a count of N has no share.
+    """
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor, w: Density) -> Views:
+        n = eligible.sum(1)
+        count = (t * n).long().clamp(min=1)
+        mask = (random_order(u, eligible) < count[:, None]) & eligible
+        return Views(mask[None], (n / count).to(t.dtype)[None])
+
+
+class FullyMasked(Masking):
+    """The response is masked as a whole, and each token of the prompt with a probability (d1,
+    github.com/dllm-reasoning/d1).
+
+    Each token's estimate is log p(token | what is left of the prompt). It is no bound of the
+    likelihood: tokens are predicted as if they were independent.
+
+    Args:
+        prompt_rate: probability that a token which is not the response's is hidden.
+
+    Raises:
+        ValueError: if it is no probability.
+    """
+
+    uses_t = False
+
+    def __init__(self, prompt_rate: float = 0.15) -> None:
+        if not 0 <= prompt_rate <= 1:
+            raise ValueError(f"prompt_rate is {prompt_rate}: use 0 up to 1")
+        self.prompt_rate = prompt_rate
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor, w: Density) -> Views:
+        hidden = eligible | (u < self.prompt_rate)
+        one = torch.ones(1, len(t), dtype=t.dtype)
+        return Views(eligible[None], one, hidden[None])
+
+
+class Coupled(Masking):
+    """The whole response masked, a part of it, and the rest (coupled-GRPO, apple/ml-diffucoder).
+
+    The part has the rate r = low + (high − low)·t. A token's estimate is half of its
+    log-probability in the first view, and half of that in the other view where it is masked, over
+    that one's rate. It is no bound of the likelihood: in the mean it is half of the fully masked
+    one and the whole of a window's bound, as each token is in one of the two with certainty.
+
+    Args:
+        low, high: of the rate.
+
+    Raises:
+        ValueError: unless 0 < low <= high < 1.
+    """
+
+    views = 3
+
+    def __init__(self, low: float = 0.2, high: float = 0.8) -> None:
+        if not 0 < low <= high < 1:
+            raise ValueError(f"low and high are {low} and {high}: use 0 < low <= high < 1")
+        self.low, self.high = low, high
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor, w: Density) -> Views:
+        rate = self.low + (self.high - self.low) * t
+        part = (u < rate[:, None]) & eligible
+        mask = torch.stack((eligible, part, eligible & ~part))
+        # Views are averaged over: three times a half of each.
+        weights = torch.stack((torch.ones_like(rate), 1 / rate, 1 / (1 - rate)))
+        return Views(mask, weights * 1.5)

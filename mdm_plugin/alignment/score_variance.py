@@ -1,0 +1,272 @@
+"""How noisy are the score and the gradient of preferences? For ``mdm_variance``.
+
+A batch of P preferences is looked at K times by each estimator, with other noise each time. Over
+the K looks the score of a preference has a variance, and the batch's gradient has one (the trace of
+its covariance): all of it is noise of the bounds, as the answers stay the same.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torchtune import training
+from tqdm import tqdm
+
+from mdm_plugin.alignment.bounds import Drawn, Draws, add_gradient, bounds, drawn, everywhere
+from mdm_plugin.alignment.preferences import check_loss, compare
+from mdm_plugin.config.components import instantiate
+from mdm_plugin.contract import Estimator, Times, TimestepSampler
+from mdm_plugin.data import GlobalBatches, Padding, Split
+from mdm_plugin.density import Density
+from mdm_plugin.distributed.build import build_model
+from mdm_plugin.distributed.gradients import folded_gradient
+from mdm_plugin.distributed.world import World
+from mdm_plugin.errors import UserError
+from mdm_plugin.models import MDMTransformer
+from mdm_plugin.noise import keyed_generator
+from mdm_plugin.training.checks import check_data, check_examples
+from mdm_plugin.training.estimators import as_estimator, check_estimator, is_causal
+from mdm_plugin.training.probe import fit, fit_line, probe, probe_due
+
+KEYS = {"timesteps", "masking", "noise", "draws"}
+NOISE = ("own", "answers", "apart")
+
+
+class OneTime(TimestepSampler):
+    """The same t for all draws of a sequence: one count and many masks, VRPO's other allocation."""
+
+    weighted = False
+
+    def __call__(self, n: int, generator: torch.Generator, w: Density) -> Times:
+        u = torch.rand(1, generator=generator, dtype=torch.float64).expand(n)
+        return Times(w.quantile(u), torch.ones(n, dtype=torch.float64))
+
+
+class Candidate(NamedTuple):
+    """An estimator of bounds. noise: ``own`` of each answer, the same for policy and reference;
+    ``answers``: shared by both answers too; ``apart``: not even by policy and reference."""
+
+    name: str
+    estimator: Estimator
+    draws: int
+    noise: str
+
+
+class Looks(NamedTuple):
+    """What an estimator saw of G batches: scores [G, K, P], gradients' noise [G], losses [G, K]."""
+
+    scores: Tensor
+    gradient: Tensor
+    losses: Tensor
+
+
+class PreferenceVariance:
+    """Set up, measure, report."""
+
+    def __init__(self, cfg: DictConfig, world: World) -> None:
+        self.cfg, self.world = cfg, world
+        self.directory = Path(cfg.output_dir).expanduser()
+
+    def setup(self) -> None:
+        cfg, world, own = self.cfg, self.world, self.cfg.preferences
+        known = {"loss", "reference", "draws", "repeats", "sft_weight"}
+        if set(own) - known or not {"loss", "reference"} <= set(own):
+            raise UserError(
+                f"preferences: give loss and reference, a checkpointer, and of {sorted(known)} "
+                "what differs"
+            )
+        if cfg.objective is not None:
+            raise UserError("objective: preferences compare bounds of the likelihood: leave it out")
+        self.repeats = int(own.get("repeats", 8))
+        if self.repeats < 2:
+            raise UserError(f"preferences.repeats: {self.repeats}: use 2 or more")
+        self.sft_weight = float(own.get("sft_weight", 0.05))
+        self.loss: nn.Module = check_loss(instantiate(own, "loss", where="preferences."))
+        tokenizer = instantiate(cfg, "tokenizer")
+        rows = instantiate(cfg, "dataset", tokenizer)
+        check_examples(2, rows, None)
+        self.say(f"dataset: {rows}")
+        self.batches = GlobalBatches(
+            rows,
+            Split(2 * cfg.batch_size, world.size, world.rank),
+            Padding(tokenizer.pad_id, max_len=tokenizer.max_seq_len),
+            seed=cfg.seed,
+        )
+        if cfg.batches > self.batches.steps_per_epoch:
+            raise UserError(
+                f"batches: {cfg.batches}: the data has {self.batches.steps_per_epoch} of "
+                f"{self.batches.size // 2} preferences"
+            )
+        self.model = self._model(cfg, "")
+        self.reference = self._model(own, "preferences.", "reference").eval()
+        check_data(self.model, tokenizer, rows)
+        self.candidates = [
+            self._candidate(str(name), parts, tokenizer.mask_id)
+            for name, parts in cfg.estimators.items()
+        ]
+
+    def _model(self, part: DictConfig, where: str, key: str = "checkpointer") -> MDMTransformer:
+        cfg, world = self.cfg, self.world
+        model = build_model(
+            lambda: instantiate(cfg, "model"),
+            world,
+            training.get_dtype(cfg.dtype, device=world.device),
+        )
+        instantiate(part, key, where=where).load_weights(model, cfg.seed)
+        return model
+
+    def _candidate(self, name: str, parts: Any, mask_id: int) -> Candidate:
+        where = f"estimators.{name}."
+        if not isinstance(parts, DictConfig) or set(parts) - KEYS:
+            raise UserError(f"{where[:-1]}: give it timesteps and masking, and noise or draws")
+        timesteps = instantiate(parts, "timesteps", where=where)
+        masking = instantiate(parts, "masking", where=where)
+        loss = instantiate(self.cfg, "loss")
+        estimator = as_estimator(timesteps, masking, loss, mask_id, where)
+        check_estimator(estimator, is_causal(self.model), where)
+        draws, noise = int(parts.get("draws", self.cfg.preferences.get("draws", 8))), "own"
+        if draws < 1 or draws % masking.views:
+            raise UserError(f"{where}draws: {draws}: use a multiple of {masking.views}")
+        noise = parts.get("noise", "own")
+        if noise not in NOISE:
+            raise UserError(f"{where}noise: {noise}: use {', '.join(NOISE[:-1])} or {NOISE[-1]}")
+        return Candidate(name, estimator, draws, noise)
+
+    def measure(self) -> None:
+        self.model.train()
+        for candidate in self.candidates:
+            if plan := probe_due(candidate.estimator, 0):
+                found = probe(
+                    self.model, candidate.estimator, plan, self.batches, self.world, step=0
+                )
+                report = fit(candidate.estimator, plan, found, self.world)
+                self.say(f"{candidate.name}: {fit_line(report)}")
+        total = len(self.candidates) * self.cfg.batches
+        seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {x.name: [] for x in self.candidates}
+        with tqdm(total=total, unit="batch", desc="Measuring", disable=self.world.rank != 0) as bar:
+            for step in range(self.cfg.batches):
+                for candidate in self.candidates:
+                    seen[candidate.name].append(self._looks(candidate, step))
+                    bar.update()
+        looks = {
+            name: Looks(*(torch.stack(x) for x in zip(*values, strict=True)))
+            for name, values in seen.items()
+        }
+        if self.world.rank == 0:
+            self.say(write_table(looks, self.candidates, self.loss, self.cfg, self.directory))
+
+    def _looks(self, candidate: Candidate, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one batch: scores [K, P], the noise of the gradient, losses [K]."""
+        scores, losses, mean = [], [], torch.zeros(())
+        squares = torch.zeros((), dtype=torch.float64)
+        for k in range(self.repeats):
+            score, loss, gradient = self._look(candidate, step, k)
+            scores.append(score)
+            losses.append(loss)
+            change = gradient - mean  # Welford's: no K gradients at once
+            mean = mean + change / (k + 1)
+            squares += (change * (gradient - mean)).double().sum().cpu()
+        noise = self.world.sum(squares).cpu() / (self.repeats - 1)
+        return torch.stack(scores), noise, torch.stack(losses)
+
+    def _look(self, candidate: Candidate, step: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        cfg, world, loss = self.cfg, self.world, candidate.estimator.loss
+        share = 2 if candidate.noise == "answers" else 1
+        how = Draws(candidate.draws // candidate.estimator.masking.views, cfg.seed, share)
+
+        def draw(key: str) -> list[Drawn]:
+            return [
+                drawn(x, candidate.estimator, how, (key, step, k))
+                for x in self.batches.micro_batches(step)
+            ]
+
+        own = draw("look")
+        theirs = draw("apart") if candidate.noise == "apart" else own
+        places, size = [x.places for x in own], self.batches.size
+        policy, reference = (
+            everywhere([bounds(model, loss, x, world, ("k",)) for x in parts], places, size, world)
+            for model, parts in ((self.model, own), (self.reference, theirs))
+        )
+        n = everywhere([x.n for x in own], places, size, world)
+        found = compare(self.loss, policy, reference, n, sft_weight=self.sft_weight)
+        for x in own:
+            add_gradient(self.model, loss, x, found.slopes[x.places], world, ("k",))
+        gradient = folded_gradient(self.model, cfg.projection, cfg.seed, world.rank)
+        self.model.zero_grad(set_to_none=True)
+        change = (policy - reference).mean(1)
+        score = change[0::2] - change[1::2]
+        return score, torch.tensor(found.loss, dtype=torch.float64), gradient
+
+    def say(self, line: str) -> None:
+        if self.world.rank == 0:
+            tqdm.write(line)
+
+
+def relative(value: Tensor, unit: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """Σ value / Σ unit over G batches, and its 95 % interval by resampling batches. [G] each."""
+    generator = keyed_generator(seed, "bootstrap")
+    picks = torch.randint(len(value), (2000, len(value)), generator=generator)
+    ratios = value[picks].sum(1) / unit[picks].sum(1)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
+    return float(value.sum() / unit.sum()), low, high
+
+
+def _interval(value: tuple[float, float, float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*value)
+
+
+def write_table(
+    looks: dict[str, Looks],
+    candidates: list[Candidate],
+    loss: nn.Module,
+    cfg: DictConfig,
+    directory: Path,
+) -> str:
+    """Write preferences.json and preferences.csv; give the table as Markdown."""
+    first = looks[candidates[0].name]
+    # The best that is known of each score: the mean over all looks of those with shared noise.
+    best = torch.cat([looks[x.name].scores for x in candidates if x.noise != "apart"], 1).mean(1)
+    zero = torch.zeros_like(best)
+    truth = loss(best.flatten(), zero.flatten(), zero.flatten(), zero.flatten())[0].mean()
+    records: list[dict[str, Any]] = []
+    for x in candidates:
+        own = looks[x.name]
+        score = own.scores.var(1).mean(1)
+        flat = own.scores.flatten()
+        noisy = loss(flat, *[torch.zeros_like(flat)] * 3)[0].mean()
+        records.append(
+            {
+                "estimator": x.name,
+                "forwards": x.draws,
+                "score_variance": float(score.mean()),
+                "score_ratio": relative(score, first.scores.var(1).mean(1)),
+                "gradient_variance": float(own.gradient.mean()),
+                "gradient_ratio": relative(own.gradient, first.gradient),
+                "loss_bias": float(noisy - truth),
+            }
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    facts = {"batches": cfg.batches, "preferences": cfg.batch_size, "loss": float(truth)}
+    facts["estimators"] = OmegaConf.to_container(cfg.estimators)
+    (directory / "preferences.json").write_text(json.dumps({**facts, "rows": records}, indent=2))
+    with (directory / "preferences.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    lines = [
+        "",
+        "| estimator | forwards | variance of the score | relative | of the gradient, relative | "
+        "bias of the loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        lines.append(
+            f"| {r['estimator']} | {r['forwards']} | {r['score_variance']:.3g} | "
+            f"{_interval(r['score_ratio'])} | {_interval(r['gradient_ratio'])} | "
+            f"{r['loss_bias']:+.4f} |"
+        )
+    return "\n".join([*lines, "", f"The loss without noise: {float(truth):.4f}. {directory}"])
