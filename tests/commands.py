@@ -45,7 +45,8 @@ def blocks(text: str) -> list[tuple[str, str]]:
     text = re.sub(r"\r", "", text)
     rest = FENCE.sub(keep, text)
     for found in re.finditer(r"(?:^    .*\n)+", rest, re.M):
-        made.append((found[0], mark(rest[: found.start()])))
+        if found[0].split()[0] in PROGRAMS or re.match(" +[A-Z_]+=", found[0]):  # not a formula
+            made.append((found[0], mark(rest[: found.start()])))
     return [x for x in made if x]
 
 

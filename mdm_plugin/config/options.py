@@ -219,5 +219,5 @@ class EvalOptions(InferenceOptions):
     lm_eval: dict[str, Any] | None = None  # include_path, and arguments of lm_eval.simple_evaluate
 
 
-ALL_OPTIONS = (Options, VarianceOptions, GenerateOptions, EvalOptions)
+ALL_OPTIONS = (Options, DPOOptions, GRPOOptions, VarianceOptions, GenerateOptions, EvalOptions)
 """Of each recipe's config."""
