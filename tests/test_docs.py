@@ -154,6 +154,12 @@ def test_every_packaged_config_is_in_the_gallery_as_it_is():
         assert f"```yaml\n{file.read_text().rstrip()}\n```" in page
 
 
+def test_bars_and_underscores_are_shown_as_they_are():
+    assert SITE["cell"]("a | None", code=True) == "<code>a &#124; None</code>"
+    assert SITE["cell"]("a_b", code=True) == "`a_b`"
+    assert SITE["cell"]("the _component_ | b") == r"the \_component\_ \| b"
+
+
 INTERNAL = {"cli", "quiet", "torchtune_internals"}  # commands, and what only our code uses
 
 
@@ -173,6 +179,7 @@ def test_links_out_of_docs_are_pages_of_the_site():
     assert SITE["rewritten"](text, "docs/x.md", "x.md") == (
         "[a](source/mdm_plugin/loss.py.md) [b](contributing.md#set-up) [c](8b.md) [d](gone.md)"
     )
+    assert SITE["named_pages"]("`docs/8b.md` `x`") == "[`docs/8b.md`](8b.md) `x`"
     assert SITE["rewritten"]("[a](docs/8b.md)", "CHANGELOG.md", "a/b.md") == "[a](../8b.md)"
 
 
