@@ -22,7 +22,8 @@ def pages(site: Path, named: list[str]) -> Iterator[Path]:
     """Pages that are asked for."""
     for page in sorted(site.rglob("*.html")):
         name = page.relative_to(site).as_posix()
-        if any(x in name for x in named) or not (named or name.startswith("source/")):
+        # 404.html is for a server: from a file it finds no style.
+        if any(x in name for x in named) or not (named or name.startswith(("source/", "404"))):
             yield page
 
 
