@@ -225,3 +225,34 @@ def test_an_answer_that_is_preferred_becomes_the_likelier_one(dpo, tmp_path):
     shown = scalars(tmp_path / "run")
     assert sum(shown["rewards/accuracy"][-10:]) / 10 > 0.9
     assert sum(shown["train/loss_preferences"][-10:]) / 10 < 0.3
+
+
+def test_the_variance_of_preferences_is_measured_by_estimator(
+    command, dpo, tmp_path, pairs, data_dir
+):
+    dpo("optimizer.lr=1e-3", "max_steps_per_epoch=10", out="policy")
+    dpo("max_steps_per_epoch=1", "optimizer.lr=1e-9", out="start")
+    base = tmp_path / "start/step_1"
+    common = (
+        *("tune", "run", "mdm_variance", "--config", "quickstart_dpo_variance"),
+        *(f"data_dir={data_dir}", f"dataset.source={pairs}", "tokenizer.max_seq_len=96"),
+        *("model.num_layers=2", "model.num_heads=2", "model.embed_dim=32", "batch_size=4"),
+        *("model.intermediate_dim=64", "model.max_seq_len=96", "batches=4"),
+        *(f"preferences.reference.checkpoint_dir={base}", "preferences.draws=4"),
+        *(f"checkpointer.checkpoint_dir={tmp_path / 'policy/step_10'}", "preferences.repeats=6"),
+        f"output_dir={tmp_path / 'variance'}",
+    )
+    done = command(*common)
+    rows = json.loads((tmp_path / "variance/preferences.json").read_text())["rows"]
+    assert rows[0]["score_ratio"] == [1.0] * 3 and rows[0]["gradient_ratio"] == [1.0] * 3
+    found = {row["estimator"]: row["score_variance"] for row in rows}
+    own, even = found["VRPO, independent counts"], found["even counts, Complement"]
+    assert found["unshared noise"] > 2 * own and even < own < found["one count, many masks"]
+    assert "| even counts, Complement | 4 |" in done.stdout
+    for wrong, words in (
+        ("preferences.draws=3", "draws: 3: use a multiple of 2"),
+        ("preferences.repeats=1", "preferences.repeats: 1: use 2 or more"),
+        ("estimators.even counts.noise=none", "noise: none: use own, answers or apart"),
+        ("batches=99", "batches: 99: the data has"),
+    ):
+        assert words in refused(command(*common, wrong, check=False))
