@@ -5,6 +5,7 @@ is written by hand are the other files of ``docs/``; their links work in the rep
 """
 
 import ast
+import html
 import io
 import posixpath
 import re
@@ -26,7 +27,7 @@ COPIED = {
     "README.md": "index.md",  # the front page is the README in short
 }
 MATHS = ("contract", "objectives", "timesteps", "masking", "density", "pareto", "loss")
-MATHS += ("variance", "noise", "errors")
+MATHS += ("variance", "noise", "errors", "doctor")
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[#)])")
 
 
@@ -99,8 +100,17 @@ def option_groups(source: str, name: str) -> list[Group]:
 
 def cell(text: str, code: bool = False) -> str:
     """What may stand in a table."""
-    escaped = text.replace("|", "\\|")
-    return f"`{escaped}`" if code and text else escaped
+    if not code or not text:
+        return plain(text).replace("|", "\\|")
+    # Within backticks Python-Markdown shows the backslash of an escaped bar too.
+    return (
+        f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
+    )
+
+
+def plain(text: str) -> str:
+    """A text whose underscores are no emphasis."""
+    return text.replace("_", "\\_")
 
 
 def options_page(recipe: str) -> str:
@@ -111,7 +121,7 @@ def options_page(recipe: str) -> str:
     assert found is not None, f"{recipe} does not say which options it takes"
     page = [f"# {recipe}", text, "## Options", "A key without a default must be given."]
     for group in option_groups(OPTIONS.read_text(), found[1]):
-        page += [f"**{group.title}**"] if group.title else []
+        page += [f"**{plain(group.title)}**"] if group.title else []
         rows = ["| key | type | default | |", "|---|---|---|---|"]
         for x in group.options:
             name, kind, default = (cell(part, code=True) for part in x[:3])
@@ -228,14 +238,20 @@ def rewritten(text: str, origin: str, here: str) -> str:
     return LINK.sub(there, text)
 
 
+def named_pages(text: str) -> str:
+    """A page of ``docs/`` whose mentions of another's file are links."""
+    return re.sub(r"(?<!\[)`docs/([\w-]+\.md)`", r"[`docs/\1`](\1)", text)
+
+
 # What mkdocs calls.
 
 
 def on_config(config: Any) -> Any:
-    """The version under each page; the generated pages in the navigation, under Reference."""
+    """The version on each page; the generated pages in the navigation, under Reference."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     config.copyright = f"{project['name']} {project['version']}, {project['license']}"
+    config.site_name += f" {project['version']}"
     pages = list(generated())
     api = [x for x in pages if x.startswith("reference/api/")]
     for part in config.nav:
@@ -276,4 +292,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     uri = page.file.src_uri
     if page.file.generated_by:
         return markdown
-    return rewritten(markdown, f"docs/{uri}", uri)
+    return rewritten(named_pages(markdown), f"docs/{uri}", uri)

@@ -1,3 +1,3 @@
 """Low-variance fine-tuning of masked diffusion language models, for torchtune."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -48,7 +48,7 @@ recipes, with an example of each:
   mdm_variance         how noisy are the estimators, and by what
                          mdm run mdm_variance --config quickstart_variance
   mdm_generate         write text
-                         mdm run mdm_generate --config quickstart_generate prompt="3 + 4 - 5 ="
+                         mdm run mdm_generate --config quickstart_generate prompts=my.jsonl
   mdm_eval             bounds, right answers, tasks of lm-eval
                          mdm run mdm_eval --config quickstart_eval
 """
@@ -97,6 +97,20 @@ def register() -> None:
         registry.insert(position, recipe)
 
 
+def check_recipe(name: str) -> None:
+    """End with one line where ``mdm run`` is given a recipe that is neither known nor a module."""
+    from importlib.util import find_spec
+
+    from mdm_plugin.config.components import suggest
+    from mdm_plugin.torchtune_internals import get_all_recipes
+
+    known = [recipe.name for recipe in get_all_recipes()]
+    if name in known or Path(name).is_file() or find_spec(name.split(".")[0]) is not None:
+        return
+    print(f"error: mdm run {name}: no such recipe{suggest(name, known)}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     """Run torchtune's CLI under the name ``mdm``; help, and the doctor, are our own."""
     word = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -124,7 +138,10 @@ def main() -> None:
         name = sys.argv[2]
         if not Path(name).exists() and name in config_names():
             sys.argv[2] = f"{configs_directory() / name}.yaml"
-    parser.run(parser.parse_args())
+    given = parser.parse_args()
+    if word == "run":
+        check_recipe(given.recipe)
+    parser.run(given)
 
 
 if __name__ == "__main__":

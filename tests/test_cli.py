@@ -1,10 +1,14 @@
 """`mdm`, and `tune` from any directory, from an editable install and from a wheel."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,24 +226,59 @@ def test_the_wheel_holds_recipes_configs_and_types(wheel):
     assert not any(name.startswith("tests") for name in names)
 
 
-def test_an_installed_wheel_runs_by_name_from_another_directory(wheel, command, tmp_path, data_dir):
-    """The wheel's files alone on the path, before the checkout's."""
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    script = (
-        "import sys, mdm_plugin, mdm_full_finetune, torchtune._cli.tune as tune\n"
-        f"assert mdm_plugin.__file__.startswith({str(site)!r}), mdm_plugin.__file__\n"
-        f"assert mdm_full_finetune.__file__.startswith({str(site)!r})\n"
-        "sys.argv[0] = 'tune'\n"
-        "tune.main()\n"
+OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MDM_TRACEBACK")}
+OUTSIDE["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def installed(wheel, tmp_path):
+    """A virtual environment with the wheel and, without the network, this one's other packages."""
+    home = tmp_path / "venv"
+    venv.create(home, symlinks=True)
+    python = home / "bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
+    done = subprocess.run(
+        [*map(str, pip), "--quiet", wheel], env=OUTSIDE, capture_output=True, text=True
     )
-    # fmt: off
-    command(
-        sys.executable, "-c", script, "run", "mdm_full_finetune", "--config", "quickstart",
-        f"data_dir={data_dir}", f"output_dir={tmp_path / 'out'}", "prepare=null",
-        "timesteps=mdm_plugin.timesteps.Stratified",
-        "checkpointer.checkpoint_dir=null", "run_val_every_n_steps=null",
-        "max_steps_per_epoch=1", "epochs=1", PYTHONPATH=str(site),
-    )
-    # fmt: on
-    assert (tmp_path / "out/step_1/model.safetensors").is_file()
+    assert done.returncode == 0, done.stderr
+    site = next(home.glob("lib/python*/site-packages"))
+    # A path alone: this environment's own .pth files, as of an editable install, are not read.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return home / "bin", site
+
+
+def test_the_wheel_alone_trains_answers_evaluates_and_exports(installed, tmp_path, data_dir):
+    """Outside of the checkout, from an empty directory, with the packaged configs."""
+    (scripts, site), work, run = installed, tmp_path / "empty", tmp_path / "out/step_20"
+    work.mkdir()
+
+    def call(*words: str) -> str:
+        done = subprocess.run(
+            [str(x) for x in words], cwd=work, env=OUTSIDE, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    script = "import mdm_plugin, mdm_eval; print(mdm_plugin.__file__, mdm_eval.__file__)"
+    places = call(scripts / "python", "-c", script).split()
+    assert len(places) == 2 and all(x.startswith(str(site)) for x in places), places
+
+    quick = (f"data_dir={data_dir}", "prepare=null", "checkpointer.checkpoint_dir=null")
+    quick += ("epochs=1", "max_steps_per_epoch=20", "run_val_every_n_steps=null")
+    train = ("run", "mdm_full_finetune", "--config", "quickstart", *quick)
+    assert "objective Window" in call(scripts / "mdm", *train, f"output_dir={run.parent}")
+    model = (f"data_dir={data_dir}", f"checkpointer.checkpoint_dir={run}")
+    generate = ("run", "mdm_generate", "--config", "quickstart_generate", "prompt=3 + 4 =")
+    assert '"prompt": "3 + 4 ="' in call(scripts / "mdm", *generate, *model)
+    lines = (data_dir / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:9]))
+    few = [f"{key}={tmp_path / 'few.jsonl'}" for key in ("rows", "dataset.source")]
+    few += [f"output_dir={tmp_path / 'eval'}", "draws=2", "max_new_tokens=4"]
+    call(scripts / "mdm", "run", "mdm_eval", "--config", "quickstart_eval", *model, *few)
+    found = json.loads((tmp_path / "eval/results.json").read_text())["tasks"]
+    assert found["exact_match"]["rows"] == 9 and found["nelbo"]["nats_per_token"] < 7
+    call(scripts / "python", "-m", "mdm_plugin.checkpoint.export", run, tmp_path / "exported")
+    before, after = (load_file(x / "model.safetensors") for x in (run, tmp_path / "exported"))
+    assert "model.transformer.wte.weight" in after and len(after) == len(before)
+    sums = [sorted(float(x.double().sum()) for x in found.values()) for found in (before, after)]
+    assert sums[1] == pytest.approx(sums[0], abs=0.5) and not list(work.iterdir())

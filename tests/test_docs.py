@@ -2,24 +2,31 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from omegaconf import MISSING
 
+import mdm_plugin
+from mdm_plugin.cli import RECIPES
 from mdm_plugin.config import options
+from mdm_plugin.config.loading import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("*.md"))
-PLAIN = ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/8b.md"]
+PLAIN = ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/8b.md", "docs/cpu.md"]
+PLAIN += ["docs/one-gpu.md", "docs/slurm.md", "docs/moving.md", "docs/data.md"]
 CLASSES = [options.Options, options.VarianceOptions, options.GenerateOptions, options.EvalOptions]
 
 
@@ -62,6 +69,13 @@ def test_a_broken_link_is_found(tmp_path):
     assert broken(text, tmp_path) == ["gone.md", "gone.png", "there.md#gone"]
 
 
+def test_the_version_is_the_same_wherever_it_stands():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert mdm_plugin.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == version
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda x: x.name)
 def test_pages_read_the_same_on_github_and_on_the_site(page):
     """Python-Markdown wants an empty line before a list, and four spaces for what is in an item."""
@@ -88,6 +102,20 @@ def test_no_sentence_of_the_first_pages_has_more_than_35_words(page):
         assert len(words) <= 35, sentence
 
 
+def test_what_moving_names_on_our_side_are_options():
+    """Each key=value and key of the tables' second column, in the config that it is for."""
+    cells = re.findall(r"^\| .+? \| (.+) \|$", (ROOT / "docs/moving.md").read_text(), re.M)
+    words = [x for code in re.findall(r"`([^`]+)`", " ".join(cells)) for x in code.split()]
+    given = [x for x in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", x)]
+    assert len(given) > 10
+    load_config("llada/8B_lora", given, options.Options)
+    known = {x.name for cls in CLASSES for x in dataclasses.fields(cls)} | {"checkpoint_dir"}
+    keys = [x for x in words if re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", x)]
+    commands = {"tune", "run", "download", "qlora", "from_autoregressive", *RECIPES}
+    commands |= {"response", "mix"}  # a value, and a word of the text
+    assert len(keys) > 20 and {x.split(".")[0] for x in keys} - commands <= known
+
+
 SITE = runpy.run_path(str(ROOT / "docs/pages.py"))
 
 
@@ -110,8 +138,6 @@ def test_the_reference_lists_each_option_with_its_default_and_what_it_is(cls):
 
 @pytest.mark.parametrize("recipe", SITE["recipes"]())
 def test_a_recipe_s_page_has_the_options_of_its_class(recipe):
-    from mdm_plugin.cli import RECIPES
-
     assert recipe in RECIPES and len(SITE["recipes"]()) == len(RECIPES)
     page = SITE["options_page"](recipe)
     cls = {"mdm_variance": CLASSES[1], "mdm_generate": CLASSES[2], "mdm_eval": CLASSES[3]}
@@ -128,12 +154,60 @@ def test_every_packaged_config_is_in_the_gallery_as_it_is():
         assert f"```yaml\n{file.read_text().rstrip()}\n```" in page
 
 
+def test_bars_and_underscores_are_shown_as_they_are():
+    assert SITE["cell"]("a | None", code=True) == "<code>a &#124; None</code>"
+    assert SITE["cell"]("a_b", code=True) == "`a_b`"
+    assert SITE["cell"]("the _component_ | b") == r"the \_component\_ \| b"
+
+
+INTERNAL = {"cli", "quiet", "torchtune_internals"}  # commands, and what only our code uses
+
+
+def test_every_module_has_its_place_in_the_api():
+    """And so every public name: mkdocstrings shows all of a module; the built site is checked."""
+    places = {x: make() for x, make in SITE["generated"]().items() if "/api/" in x}
+    shown = set(re.findall(r"^::: (\S+)", "\n".join(places.values()), re.M))
+    files = (ROOT / "mdm_plugin").rglob("*.py")
+    parts = [x.relative_to(ROOT).with_suffix("").parts for x in files if x.stem != "__init__"]
+    assert {".".join(x) for x in parts if x[1] not in INTERNAL} == shown
+    for name in ("doctor", "generation.replay", "training.step", "training.probe"):
+        assert f"mdm_plugin.{name}" in shown
+
+
 def test_links_out_of_docs_are_pages_of_the_site():
     text = "[a](../mdm_plugin/loss.py) [b](../CONTRIBUTING.md#set-up) [c](8b.md) [d](gone.md)"
     assert SITE["rewritten"](text, "docs/x.md", "x.md") == (
         "[a](source/mdm_plugin/loss.py.md) [b](contributing.md#set-up) [c](8b.md) [d](gone.md)"
     )
+    assert SITE["named_pages"]("`docs/8b.md` `x`") == "[`docs/8b.md`](8b.md) `x`"
     assert SITE["rewritten"]("[a](docs/8b.md)", "CHANGELOG.md", "a/b.md") == "[a](../8b.md)"
+
+
+FIGURES = runpy.run_path(str(ROOT / "docs/figures.py"))
+
+
+def test_the_figures_are_of_the_masks_themselves_and_of_what_was_measured():
+    """``python docs/figures.py``, but for the files; facts that any such measurement must have."""
+    views, masks = FIGURES["views"], FIGURES["MASKS"]
+    assert not views(masks["Mirror"], 0.25).all(0).any()  # a pair of light masks is disjoint
+    assert views(masks["Complement"], 0.25).any(0).all()
+    assert views(masks["Rotation(4)"], 0.25).sum(0).float().mean() == pytest.approx(1, abs=0.05)
+    assert views(masks["FixedCount"], 0.25).sum() == 7  # ⌊0.25·24⌋ + 1
+    kept = json.loads(FIGURES["MEASURED"].read_text())
+    for state in kept["stream"].values():
+        knots, values = (torch.tensor(state[x]) for x in ("knots", "values"))
+        assert torch.trapezoid(values, knots) == pytest.approx(1, abs=1e-6)
+        assert values.min() >= 0.2 - 1e-6  # mix
+    for lines in kept["parts"].values():
+        whole = {name: sum(x[part] for part in FIGURES["PARTS"]) for name, x in lines.items()}
+        assert whole["Standard"] == pytest.approx(1, abs=1e-3)
+        assert whole["Complement"] < whole["FixedCount"] < 1  # at equal rows
+        for name, x in lines.items():
+            assert x["interval"][0] - 1e-3 <= whole[name] <= x["interval"][1] + 1e-3
+            assert x["AB"] == 0 or x["A"] == x["B"] == 0
+    for draw, name in (("masks", None), ("densities", "stream"), ("parts", "parts")):
+        assert FIGURES[f"draw_{draw}"](*([kept[name]] if name else [])).axes
+        assert (ROOT / f"docs/{draw}.png").is_file()
 
 
 # CONTRIBUTING's worked changes.

@@ -2,9 +2,6 @@
 CUDA is not there, and all else is as it is packaged."""
 
 import json
-import re
-import shlex
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from mdm_plugin.checkpoint.export import export
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import load_config
-from mdm_plugin.config.options import EvalOptions, GenerateOptions, Options
+from mdm_plugin.config.options import GenerateOptions
 from mdm_plugin.distributed.build import build_model
 from mdm_plugin.distributed.world import World
 from mdm_plugin.models import ChatTokenizer
@@ -151,30 +148,3 @@ def test_download_train_preempted_requeued_evaluate_generate_export_serve(
         adapted = full_attention(PeftModel.from_pretrained(model, str(last)).eval(), tokens)
         near = (adapted - served).abs().max()  # merging rounds to bf16
         assert near < 0.02, near
-
-
-OPTIONS = {
-    "mdm_full_finetune": Options,
-    "mdm_lora_finetune": Options,
-    "mdm_eval": EvalOptions,
-    "mdm_generate": GenerateOptions,
-}
-
-
-def test_each_command_of_the_page_names_what_is_there():
-    """Recipe, config, keys and arguments, and the launch files."""
-    root = LAUNCH.parents[1]
-    page = (root / "docs/8b.md").read_text().replace("\\\n", " ")
-    commands = [shlex.split(x) for x in re.findall(r"^    (.+)$", page, re.M)]
-    recipes = []
-    for words in commands:
-        for word in words:
-            assert not word.startswith("docs/") or (root / word).is_file(), word
-        if "--config" not in words:
-            assert words[0] in ("tune", "tensorboard", "python"), words
-            assert words[0] != "python" or find_spec(words[2])
-            continue
-        place = words.index("--config")
-        recipes.append(words[place - 1])
-        load_config(words[place + 1], words[place + 2 :], OPTIONS[words[place - 1]])
-    assert set(recipes) == set(OPTIONS) and len(recipes) > 7

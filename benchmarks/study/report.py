@@ -318,7 +318,7 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
         axis.label_outer()
 
     measured = variances(results)
-    against = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
+    against = Figure(figsize=(5.2 * len(tasks), 3.8), layout="constrained")
     for axis, task in zip(_axes(against, len(tasks)), tasks, strict=True):
         ratios = measured.get(task, {})
         points = {}
@@ -327,8 +327,8 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
             if (task, name) in runs and base in ratios:
                 variance = ratios[base]["value"] * METHODS[base].rows / METHODS[name].rows
                 points[name] = variance, mean(runs[task, name].accuracy)
-                axis.plot(*points[name], "o", color="C1" if name in OURS else "C0")
-                axis.annotate(name, points[name], fontsize=6)
+                axis.plot(*points[name], "o", color="C1" if name in OURS else "C0", markersize=5)
+        label_beside(axis, points)
         rank = f": rank correlation {spearman(points.values()):.2f}" if len(points) > 2 else ""
         axis.set(title=task + rank, xlabel="variance of a step's gradient, Standard = 1")
         axis.set_ylabel("right answers, %")
@@ -346,6 +346,33 @@ def draw(runs: dict[tuple[str, str], Runs], results: Path) -> dict[str, Figure]:
         axis.set(title=task, xlabel="step", ylabel="validation NELBO, nats per token", yscale="log")
         axis.legend(fontsize=7)
     return dict(zip(FIGURES, (accuracy, against, curves), strict=True))
+
+
+def label_beside(axis: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Methods' labels in a column beside the axes, in the points' order, a line to each point."""
+    ordered = sorted(points, key=lambda name: points[name][::-1])
+    low, high = axis.get_ylim()
+    least = 1 / max(len(ordered), 14)  # of the axes' height, from one label to the next
+    places: list[float] = []
+    for name in ordered:
+        wanted = (points[name][1] - low) / (high - low)
+        places.append(max(wanted, places[-1] + least) if places else max(wanted, least / 2))
+    top = 1 - least / 2
+    for i in reversed(range(len(places))):  # those above the top come down, and push others down
+        places[i] = min(places[i], top)
+        top = places[i] - least
+    for name, place in zip(ordered, places, strict=True):
+        axis.annotate(
+            METHODS[name].label,
+            points[name],
+            xytext=(1.04, place),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6, "relpos": (0, 0.5)},
+        )
+    axis.set_ylim(low, high)
 
 
 def spearman(points: Collection[tuple[float, float]]) -> float:

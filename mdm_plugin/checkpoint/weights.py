@@ -34,6 +34,17 @@ from mdm_plugin.models import MDMTransformer
 from mdm_plugin.models.naming import FAMILIES, Naming
 
 
+def _hint(directory: Path) -> str:
+    """What to do about a checkpoint that is not there."""
+    saved = sorted(x.name for x in directory.parent.glob("step_*") if x.is_dir())
+    if saved:
+        return f" (there are {', '.join(saved)})"
+    of_hub = len(directory.parts) == 2 and not directory.is_absolute()  # org/name
+    if of_hub and not directory.parent.is_dir():
+        return f": fetch it by tune download {directory} --output-dir DIR, and name DIR"
+    return ": a run makes its step_N, tune download fetches a model"
+
+
 class Weights:
     """A directory of safetensors files, checked by their headers.
 
@@ -56,7 +67,7 @@ class Weights:
         self, directory: Path, files: list[str] | None = None, key: str = "checkpoint_dir"
     ) -> None:
         if not directory.is_dir():
-            raise UserError(f"checkpointer.{key}: {directory} does not exist")
+            raise UserError(f"checkpointer.{key}: {directory} does not exist{_hint(directory)}")
         self.directory = directory
         self.config, self.naming = _config(directory / "config.json")
         listed: dict[str, str] = {}

@@ -78,6 +78,11 @@ def find_component(cfg: DictConfig, key: str, where: str = "") -> Callable[..., 
         f"{where}{key}._component_: {path}: not in {', '.join(ALLOWED)}: if it is code of "
         f"your own, allow it on the command line: allow_components=[{path.split('.')[0]}]"
     )
+    if "." not in path:
+        raise UserError(
+            f"{where}{key}._component_: {path}: write its dotted path, such as "
+            "mdm_plugin.timesteps.Uniform"
+        )
     if not is_allowed(path):
         raise UserError(refusal)
     if os.getcwd() not in sys.path:  # as torchtune does: a user's own file may be the component

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mdm_plugin.config.components import allow, check_arguments, find_component, first_line, suggest
+from mdm_plugin.config.options import ALL_OPTIONS
 from mdm_plugin.errors import UserError
 
 
@@ -75,6 +76,8 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
     for key in [key for key in plain if key not in known]:
         if key not in used:
             where = "command line" if key not in raw else str(path)
+            if key in raw and any(key == x.name for cls in ALL_OPTIONS for x in fields(cls)):
+                raise UserError(f"{where}: {key}: is for another recipe: mdm ls says for which")
             raise UserError(f"{where}: {key}: unknown key{suggest(str(key), known)}")
         del plain[key]
     try:

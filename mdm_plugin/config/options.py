@@ -217,3 +217,7 @@ class EvalOptions(InferenceOptions):
     verifier: dict[str, Any] | None = None  # of exact_match: gives a function of (completion, row)
     reasoning_gym: dict[str, Any] | None = None  # size, seed and settings of its tasks
     lm_eval: dict[str, Any] | None = None  # include_path, and arguments of lm_eval.simple_evaluate
+
+
+ALL_OPTIONS = (Options, DPOOptions, GRPOOptions, VarianceOptions, GenerateOptions, EvalOptions)
+"""Of each recipe's config."""

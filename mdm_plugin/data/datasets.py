@@ -97,7 +97,9 @@ def check_turns(row: Mapping[str, Any], column: str, role: str, content: str) ->
     """
     turns = row.get(column)
     if not isinstance(turns, list):
-        raise BadRow(f"no list {column!r} (columns: {', '.join(row)})")
+        raise BadRow(
+            f"no list {column!r} (columns: {', '.join(row)}); pairs of texts go by instruct_dataset"
+        )
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not all(
             isinstance(turn.get(k), str) for k in (role, content)

@@ -61,6 +61,26 @@ class World(NamedTuple):
         return World(0, 1, self.device, None)
 
 
+def find_device(device: str) -> torch.device:
+    """This rank's device of that kind.
+
+    Raises:
+        UserError: if it is not there; torchtune would take the CPU in place of a GPU.
+    """
+    try:
+        place = get_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        if "local rank" in reason:
+            reason += ": --nproc_per_node is more than there are"
+        raise UserError(f"device: {device}: {reason}") from error
+    if place.type != torch.device(device).type:
+        raise UserError(
+            f"device: {device}: there is none here (mdm doctor says why); device=cpu is the CPU"
+        )
+    return place
+
+
 @contextmanager
 def distributed(
     device: str, shard_dim: int = -1, replicate_dim: int = 1, timeout_minutes: float = 30
@@ -78,10 +98,7 @@ def distributed(
     Raises:
         UserError: if the device is not there, or the sizes do not make up the world.
     """
-    try:
-        place = get_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {device}: {str(error).splitlines()[0]}") from error
+    place = find_device(device)
     if not training.is_distributed():
         if replicate_dim not in (-1, 1) or shard_dim not in (-1, 1):
             raise UserError(

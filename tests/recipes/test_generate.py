@@ -155,7 +155,7 @@ WRONG = {
     "output that cannot be written": (["prompt=a", "output=/proc/o"], "output: /proc/o cannot be"),
     "one file for both": (
         ["prompt=a", "replay=both", "output=both"],
-        "replay: both is output too: name another",
+        "output, replay, pairs: two of them are one file: name another",
     ),
     "an unknown sampler": (
         ["prompt=a", "sampler=mdm_plugin.generation.Best"],

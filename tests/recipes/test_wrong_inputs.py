@@ -1,11 +1,18 @@
 """Each wrong input: one line with the place, exit code 2, no traceback, nothing saved is lost."""
 
+import json
+import shutil
+
 import pytest
 
+from mdm_plugin import cli
+from mdm_plugin.errors import UserError
 from tests.conftest import TINY
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 EMPTY = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}'
+
+LORA = ("model.lora_attn_modules=[q_proj]", "model.lora_rank=4", "model.lora_alpha=8")
 
 # (overrides, what the line must say); {tmp} is a directory with the files below
 WRONG = {
@@ -53,6 +60,40 @@ WRONG = {
     "parameters offloaded on CPU": (["fsdp_cpu_offload=True"], "works on CUDA only"),
     "offloading on CPU": (["enable_activation_offloading=True"], "works on CUDA only"),
     "no such device": (["device=cuda:7"], "device: "),
+    "no GPU here": (["device=cuda"], "device: cuda: there is none here (mdm doctor says why)"),
+    "a name without its path": (
+        ["timesteps=Uniform"],
+        "timesteps._component_: Uniform: write its dotted path, such as mdm_plugin.timesteps.",
+    ),
+    "a hub's name as a directory": (
+        ["checkpointer.checkpoint_dir=GSAI-ML/LLaDA-8B-Instruct"],
+        "GSAI-ML/LLaDA-8B-Instruct does not exist: fetch it by tune download GSAI-ML/LLaDA-8B",
+    ),
+    "a checkpoint of another step": (
+        ["checkpointer.checkpoint_dir={tmp}/run/step_7"],
+        "run/step_7 does not exist (there are step_4)",
+    ),
+    "pickled weights": (
+        ["checkpointer.checkpoint_dir={tmp}/pickled"],
+        "pytorch_model.bin is a pickle, which can run code: convert it",
+    ),
+    "no tokenizer there": (["tokenizer.path={tmp}/nowhere"], "tokenizer.path: "),
+    "no mask token": (
+        ["tokenizer.path={tmp}/unmasked"],
+        "tokenizer.mask_token: not given, and ",
+    ),
+    "pairs for a chat": (
+        ["dataset.source={tmp}/pairs.jsonl"],
+        "no list 'messages' (columns: input, output); pairs of texts go by instruct_dataset",
+    ),
+    "adapters for the full recipe": (
+        ["model=mdm_plugin.models.lora_llada", *LORA],
+        "model: it has adapters: use the recipe mdm_lora_finetune",
+    ),
+    "a space in place of =": (
+        ["dataset.source", "my.jsonl"],
+        "command line: dataset.source: write overrides as key=value",
+    ),
     "output nowhere": (["output_dir=/proc/nowhere"], "output_dir: /proc/nowhere cannot be written"),
     "unknown layout": (["batch_layout=sorted"], "batch_layout: sorted: use padded"),
     "packing of filled rows": (["batch_layout=packed"], "set train_eos_padding=False"),
@@ -87,10 +128,19 @@ WRONG = {
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, data_dir):
     (tmp_path / "bad.jsonl").write_text(f"{CHAT}\n{{broken\n")
     (tmp_path / "empty.jsonl").write_text(f"{CHAT}\n{EMPTY}\n")
     (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00")
+    (tmp_path / "pairs.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    (tmp_path / "run/step_4").mkdir(parents=True)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"x")
+    settings = json.loads((data_dir / "tokenizer_config.json").read_text())
+    (tmp_path / "unmasked").mkdir()
+    shutil.copy(data_dir / "tokenizer.json", tmp_path / "unmasked")
+    del settings["mask_token"]
+    (tmp_path / "unmasked/tokenizer_config.json").write_text(json.dumps(settings))
     return tmp_path
 
 
@@ -111,6 +161,44 @@ def test_wrong_input_is_one_line_with_the_place(case, files, data_dir, monkeypat
     assert len(errors) == 1, errors
     assert errors[0].startswith("error: ") and expected in errors[0], errors
     assert not list(files.glob("out/step_*"))
+
+
+def last_line(recipe, arguments, monkeypatch, capfd):
+    """What a recipe's own command says, in this process, where it ends with exit code 2."""
+    monkeypatch.setattr("sys.argv", [recipe, *arguments])
+    with pytest.raises(SystemExit) as end:
+        __import__(recipe).main()
+    assert end.value.code == 2
+    return capfd.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "line"),
+    [
+        ("mdm_generate", "quickstart", "prepare: is for another recipe: mdm ls says for which"),
+        ("mdm_full_finetune", "quickstart_eval", "tasks: is for another recipe: mdm ls says"),
+        ("mdm_full_finetune", "llada/8B_ful", "did you mean llada/8B_full?"),
+    ],
+)
+def test_a_config_for_another_recipe_is_said_to_be_one(recipe, config, line, monkeypatch, capfd):
+    assert line in last_line(recipe, ["--config", config], monkeypatch, capfd)
+
+
+def test_more_ranks_than_gpus_and_no_such_recipe_are_one_line_each(monkeypatch, capfd):
+    from mdm_plugin.distributed import world
+
+    def too_many(device):  # what torchtune says on a machine with GPUs
+        raise RuntimeError("The local rank is larger than the number of available CUDAs.")
+
+    monkeypatch.setattr(world, "get_device", too_many)
+    with pytest.raises(UserError, match=r"CUDAs\.: --nproc_per_node is more than there are$"):
+        world.distributed("cuda").__enter__()
+
+    monkeypatch.setattr("sys.argv", ["mdm", "run", "mdm_ful_finetune", "--config", "quickstart"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    line = "error: mdm run mdm_ful_finetune: no such recipe: did you mean mdm_full_finetune?\n"
+    assert end.value.code == 2 and capfd.readouterr().err.endswith(line)
 
 
 def test_through_tune_with_exit_code_and_traceback_on_request(tune):
