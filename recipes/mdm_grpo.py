@@ -122,9 +122,6 @@ class MDMReinforcement(MDMFinetune):
             else:
                 self.reference = AdaptersOff(self.model, self.estimator.loss, self.world)
 
-    def begin(self) -> None:
-        """Nothing: there are no answers yet that the model could be probed on."""
-
     def train_step(self, step: int) -> None:
         """Answers, their rewards, and the optimizer's steps that follow from them."""
         cfg = self.cfg

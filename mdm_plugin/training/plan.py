@@ -85,13 +85,12 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
         need = need._replace(parameters=need.parameters + copy, peak=need.peak + copy)
         lines.append(f"Of the parameters, the reference's copy: {copy / GIB:.2f} GiB")
     if "prompts" in cfg:
-        # Logits, what is sampled of them in fp64, and the model at rest.
-        writing = 3 * _logits(cfg, model, count)
+        writing = _writing(cfg, model, count)
         lines.append(f"Writing {count} answers at once: {writing / GIB:.2f} GiB for their logits")
         resting = need.parameters + need.gathered + need.optimizer
         need = need._replace(peak=max(need.peak, resting + writing))
-    total = sum(p.numel() for p in model.parameters())
-    learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, learnt = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
     out = [
         f"Dry run: {total:,} parameters, {learnt:,} of them trained in {cfg.master_dtype}, "
         f"computed with in {cfg.dtype}; {ranks} ranks, each copy of the model on {shards}",
@@ -215,10 +214,10 @@ def _of_prompts(cfg: DictConfig, tokenizer: ChatTokenizer, size: int) -> tuple[i
     ]
 
 
-def _logits(cfg: DictConfig, model: MDMTransformer, rows: int) -> int:
-    """Bytes of the logits of a block of some answers, in fp32."""
+def _writing(cfg: DictConfig, model: MDMTransformer, rows: int) -> int:
+    """Bytes for the logits of a block of some answers: in fp32, and what is sampled in fp64."""
     width = cfg.decoding.get("block_length") or cfg.max_new_tokens
-    return int(rows * width * model.tok_embeddings.num_embeddings * 4)
+    return int(rows * width * model.tok_embeddings.num_embeddings * (4 + 8))
 
 
 def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:

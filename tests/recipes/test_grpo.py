@@ -139,7 +139,6 @@ WRONG = {
     "a loss that is none": (["loss=torchtune.rlhf.loss.DPOLoss"], "loss: DPOLoss is no PolicyLoss"),
     "packed answers": (["batch_layout=packed"], "batch_layout: packed"),
     "no room for answers": (["max_new_tokens=90"], "max_new_tokens: 90 after a prompt of"),
-    "no rewards": (["rewards={}"], "rewards: name at least one"),
     "no prompts": (["prompts=nowhere.jsonl"], "nowhere.jsonl does not exist"),
     "no questions": (["run_val_every_n_steps=1"], "run_val_every_n_steps: set, and there are no"),
     "no patience": (["reward_timeout=0"], "reward_timeout, max_failed_rewards: use more than 0"),
@@ -151,6 +150,8 @@ def test_each_wrong_option_is_one_line(grpo, tmp_path):
         line = refused(grpo(*overrides, out="wrong", check=False))
         assert line.startswith("error: ") and words in line, (name, line)
         assert not list((tmp_path / "wrong").glob("step_*"))
+    none = grpo(rewards=["rewards={}"], out="wrong", check=False)
+    assert "rewards: name at least one" in refused(none)
 
 
 def test_what_is_rewarded_becomes_more_frequent(grpo, tmp_path, data_dir):
