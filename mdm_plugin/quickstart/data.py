@@ -74,21 +74,20 @@ def prepare_autoregressive(directory: str, beside: str) -> None:
 
 
 def prepare_apprentice(directory: str) -> None:
-    """``prepare``, and a model that is right in two of three: there is something left to learn.
+    """``prepare``, and a model that there is something left to teach: of the likelihood bound.
 
     Args:
-        directory: gets apprentice/model.safetensors besides, by half of the quickstart's steps, on
-            the bound and with AdamW.
+        directory: gets apprentice/model.safetensors besides, by the quickstart's fine-tuning of the
+            bound in place of a window.
 
     Raises:
         UserError: if a training fails.
     """
     prepare(directory)
-    changes = ("epochs=20", "objective=null", "optimizer=torch.optim.AdamW", "optimizer.lr=4e-3")
-    _train_once(directory, "quickstart", "apprentice", *changes)
+    _train_once(directory, "quickstart", "apprentice", "objective=null")
 
 
-def prepare_preferences(directory: str, prompts: int = 1000, samples: int = 8) -> None:
+def prepare_preferences(directory: str, prompts: int = 3000, samples: int = 4) -> None:
     """``prepare_apprentice``, and preferences: its own answers, right ones over wrong ones.
 
     Args:
