@@ -30,7 +30,7 @@ NEVER = (f"rewards.never._component_={REWARDS}.matches", "rewards.never.pattern=
 @pytest.fixture
 def grpo(tune, data_dir):
     def run(*overrides, steps=3, rewards=SHORT, **kwargs):
-        common = [x.format(data=data_dir) for x in (*GRPO, *rewards)]
+        common = [x.replace("{data}", str(data_dir)) for x in (*GRPO, *rewards)]
         size = f"max_steps_per_epoch={steps}"
         return tune(*common, size, *overrides, recipe="mdm_grpo", **kwargs)
 
