@@ -29,7 +29,7 @@ from mdm_plugin.quickstart import prepare_preferences
 from mdm_plugin.quickstart.demo import measure
 
 SEEDS, TUNED = (0, 1, 2), 9
-RATES = {"preferences": ("1e-4", "3e-4"), "fine-tuning": ("1e-3", "3e-3", "1e-2")}
+RATES = {"preferences": ("1e-5", "3e-5", "1e-4"), "fine-tuning": ("1e-3", "3e-3", "1e-2")}
 WORLD = World(0, 1, torch.device("cpu"), None)
 
 
@@ -43,7 +43,7 @@ def command(kind: str, rate: str, seed: int, cfg: Any, run: Path) -> list[str]:
     home = Path(cfg.tokenizer.path)
     common = [f"seed={seed}", f"optimizer.lr={rate}", f"output_dir={run}", "sample_rows=0"]
     if kind == "preferences":
-        return ["mdm_dpo", "--config", "quickstart_dpo", "run_val_every_n_steps=80", *common]
+        return ["mdm_dpo", "--config", "quickstart_dpo", "run_val_every_n_steps=72", *common]
     steps = forwards(cfg) // 64
     return [
         *("mdm_full_finetune", "--config", "quickstart", "objective=null"),
@@ -80,9 +80,10 @@ def chosen(kind: str, cfg: Any, output: Path) -> str:
     found = {}
     for rate in RATES[kind]:
         run(kind, rate, TUNED, cfg, output)
-        events = EventAccumulator(str(output / f"{kind}_{rate}_{TUNED}" / "tensorboard"))
+        place = output / f"{kind}_{rate}_{TUNED}" / "tensorboard"
+        events = EventAccumulator(str(next(place.rglob("events.*")).parent))
         events.Reload()
-        found[rate] = events.Scalars("val/exact_match")[-1].value
+        found[rate] = events.Tensors("val/exact_match")[-1].tensor_proto.float_val[0]
     return max(found, key=lambda x: found[x])
 
 
