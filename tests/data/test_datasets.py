@@ -1,8 +1,19 @@
 import json
 
 import pytest
+import torch
 
-from mdm_plugin.data import chat_dataset, instruct_dataset, text_dataset
+from mdm_plugin.data import (
+    GlobalBatches,
+    Padding,
+    Split,
+    chat_dataset,
+    instruct_dataset,
+    preference_dataset,
+    text_dataset,
+)
+from mdm_plugin.data.holdout import hold_out
+from mdm_plugin.data.preferences import paired
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
 
@@ -186,3 +197,37 @@ def test_packed_text_fills_every_row_and_loses_no_token(tokenizer, data_dir, wri
     assert all(r.eligible.all() for r in packed) and not packed.facts.report
     with pytest.raises(UserError, match=r"set tokenizer\.max_seq_len"):
         text_dataset(tokenizer, source=source, packed=True)
+
+
+def test_answers_to_a_prompt_become_preferences_of_right_over_wrong():
+    turns = [{"role": "user", "content": "2 + 2 ="}]
+    answers, right = ["4", "5", "4", "6", "four", " ", "7"], [1, 0, 1, 0, 1, 0, 0]
+    rows = paired(turns, answers, [bool(x) for x in right])
+    found = [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in rows]
+    assert found == [("4", "5"), ("four", "6")]
+    assert all(row[x][:-1] == turns for row in rows for x in ("chosen", "rejected"))
+    assert paired(turns, ["4", "4"], [True, True]) == []
+
+
+def test_preferences_are_pairs_of_rows_with_one_prompt(tokenizer, data_dir, write_jsonl):
+    turns = [{"role": "user", "content": "2 + 2 ="}]
+    answers = [{"role": "assistant", "content": x} for x in ("4", "5")]
+    chosen, rejected = ([*turns, x] for x in answers)
+    file = write_jsonl(
+        {"chosen": chosen, "rejected": rejected},
+        {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"},
+        {"prompt": turns, "chosen": answers[:1], "rejected": answers[1:]},
+    )
+    rows = preference_dataset(tokenizer, source=file)
+    assert rows.facts.together == 2 and str(rows).startswith("3 preferences")
+    for i in range(0, 6, 2):
+        good, bad = rows[i], rows[i + 1]
+        assert torch.equal(good.prompt, bad.prompt) and torch.equal(good.tokens, rows[0].tokens)
+        assert "4" in tokenizer.decode(good.tokens[good.eligible].tolist())
+        assert "5" in tokenizer.decode(bad.tokens[bad.eligible].tolist())
+    batches = GlobalBatches(rows, Split(2), Padding(0), seed=3)
+    for step in range(3):
+        indices = batches.row_indices(step)
+        assert indices[0] % 2 == 0 and indices[1] == indices[0] + 1
+    train, held = hold_out(rows, 0.4, seed=0)
+    assert (len(train), len(held)) == (4, 2) and held.facts.together == 2

@@ -195,3 +195,46 @@ def test_each_wrong_input_is_one_line(in_process, tmp_path):
         assert error.startswith("error: ") and expected in error, (case, error)
         assert error.count("\n") == 1, (case, error)
     assert (tmp_path / "empty.txt").read_text() == "\n"
+
+
+def test_samples_are_verified_and_become_preferences_on_any_ranks(generate, tmp_path):
+    (tmp_path / "own_verifier.py").write_text(
+        "def parity():\n"
+        "    def verify(completion, row):\n"
+        "        if len(completion) % 5 == 0: raise KeyError('unit')\n"
+        "        return len(completion) % 2 == 0\n"
+        "    return verify\n"
+    )
+    rows = [{"prompt": text, "id": i} for i, text in enumerate(("one", "4 + 4", "five"))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    common = ("prompts=p.jsonl", "samples=6", "decoding.temperature=1.0", "seed=3")
+    own = ("verifier._component_=own_verifier.parity", "allow_components=[own_verifier]")
+    kwargs = {"PYTHONPATH": str(tmp_path)}
+    done = generate(*common, *own, "output=one.jsonl", "pairs=pairs.jsonl", **kwargs)
+    found = lines((tmp_path / "one.jsonl").read_text())
+    assert [(x["id"], x["sample"]) for x in found] == [(i, k) for i in range(3) for k in range(6)]
+    assert len({x["completion"] for x in found}) > 12
+    for x in found:
+        size = len(x["completion"])
+        assert x["right"] == (None if size % 5 == 0 else size % 2 == 0)
+    if any(x["right"] is None for x in found):
+        assert "verifier: 'unit'" in done.stderr
+    pairs = lines((tmp_path / "pairs.jsonl").read_text())
+    assert pairs and f"{len(pairs)} preferences: " in done.stderr
+    for pair in pairs:
+        assert pair["chosen"][0] == pair["rejected"][0] and pair["chosen"][0]["role"] == "user"
+        sizes = [len(pair[x][-1]["content"]) for x in ("chosen", "rejected")]
+        assert sizes[0] % 2 == 0 and sizes[1] % 2 == 1
+    generate(*common, *own, "output=two.jsonl", "pairs=again.jsonl", launch=TWO_RANKS, **kwargs)
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "pairs.jsonl").read_text()
+    generate("prompts=p.jsonl", "decoding.temperature=1.0", "seed=4", "output=other.jsonl")
+    alone = lines((tmp_path / "other.jsonl").read_text())[0]["completion"]
+    assert alone not in {x["completion"] for x in found if x["id"] == 0}  # seeds do not overlap
+    for wrong, words in (
+        (["samples=2"], "samples: 2 of a prompt would all be the same"),
+        (["samples=0"], "samples: 0: use 1 or more"),
+        (["pairs=x.jsonl", "samples=2", "decoding.temperature=1"], "pairs: a right and a wrong"),
+    ):
+        refused = generate("prompts=p.jsonl", *wrong, check=False)
+        assert refused.returncode == 2 and words in refused.stderr
