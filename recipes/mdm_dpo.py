@@ -22,16 +22,15 @@ from mdm_full_finetune import MDMFinetune, run
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from mdm_plugin.alignment import Drawn, Draws, add_gradient, bounds, drawn
-from mdm_plugin.alignment.bounds import check_draws, everywhere, packed
+from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, bounds, drawn
+from mdm_plugin.alignment.bounds import check_draws, everywhere, packed, sharing
 from mdm_plugin.alignment.preferences import Compared, check_loss, compare
 from mdm_plugin.alignment.reference import (
-    AdaptersOff,
     Reference,
     Stored,
     check_reference,
     fingerprint,
-    frozen_copy,
+    live_reference,
 )
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
@@ -56,7 +55,7 @@ class MDMPreferences(MDMFinetune):
         check_options(cfg, self.estimator)
         self.loss = check_loss(instantiate(cfg, "loss"))
         share = 2 if cfg.share_noise else 1
-        self.draws = Draws(cfg.draws // self.estimator.masking.views, cfg.seed, share)
+        self.draws = DrawPlan(cfg.draws // self.estimator.masking.views, cfg.seed, share)
 
     def _setup_data(self, accumulation: int) -> None:
         super()._setup_data(accumulation)
@@ -71,12 +70,10 @@ class MDMPreferences(MDMFinetune):
         plan = sampler.probe_plan(self.estimator.w)
         check_reference(cfg, self.model, sampler.learns or bool(plan and plan.every_n_steps))
         self.reference: Reference | None = None  # stored bounds are known later
-        self.reference_val: Reference | None = None
-        if cfg.reference == "model":
-            self.reference = frozen_copy(cfg, self.checkpointer, self.estimator.loss, world)
-        elif cfg.reference == "adapters_off":
-            self.reference = AdaptersOff(self.model, self.estimator.loss, world)
-        self.reference_val = self.reference
+        if cfg.reference != "precompute":
+            loss = self.estimator.loss
+            self.reference = live_reference(cfg, self.model, self.checkpointer, loss, world)
+        self.reference_val: Reference | None = self.reference
 
     def _setup_state(self, checkpoint: Path | None) -> None:
         super()._setup_state(checkpoint)
@@ -140,11 +137,12 @@ class MDMPreferences(MDMFinetune):
         """
         assert self.rows_val is not None
         pairs, world, found = len(self.rows_val) // 2, self.world, []
+        batches = self.batches.of(self.rows_val)
         own = torch.arange(-(-pairs // world.size)) * world.size + world.rank
         for part in (own % pairs).split(self.cfg.batch_size):
             rows = (2 * part[:, None] + torch.arange(2)).flatten()
             longest = int(self.rows_val.lengths_of(rows).max())
-            batch = self.batches.of(self.rows_val).collate(rows, rows, ("val",), longest)
+            batch = batches.collate(rows, rows, ("val",), longest)
             found.append(self.drawn(batch, ("val",)))
         return found
 
@@ -200,9 +198,7 @@ class MDMPreferences(MDMFinetune):
                 self.torch_key(step, i),
                 self.offloading,
             )
-        # What is logged and guarded is the loss itself, of which each of these has a share.
-        share = torch.tensor(found.loss / (len(results) * self.world.size))
-        results = [x._replace(loss=share.to(self.world.device)) for x in results]
+        results = sharing(results, found.loss, self.world)
         preferences = self.batches.row_indices(self.place(step)) // 2
         self.update(step, results, preferences, found.figures)
 
@@ -219,8 +215,8 @@ class MDMPreferences(MDMFinetune):
         reference = self.reference_val.bounds(0, batches)
         self.model.train()
         found = self.compared(batches, policy, reference, len(self.rows_val))
-        names = {name: name.removeprefix("train/") for name in found.figures}
-        figures = {f"val_{names[name]}": value for name, value in found.figures.items()}
+        shown = found.figures
+        figures = {f"val_{name.removeprefix('train/')}": value for name, value in shown.items()}
         self.metric_logger.log_dict(figures, step)
         self.validated = {step: found.figures["train/loss_preferences"]}  # of keep_best_n
         accuracy, margin = (found.figures[f"rewards/{x}"] for x in ("accuracy", "margin"))

@@ -106,6 +106,10 @@ class MDMFinetune:
         for name, rows in (("dataset", self.rows), ("dataset_val", self.rows_val)):
             if rows is not None:
                 self.say(f"{name}: {rows}")
+        self._setup_batches(accumulation)
+
+    def _setup_batches(self, accumulation: int) -> None:
+        cfg = self.cfg
         self.batches = global_batches(cfg, self.rows, self.tokenizer, self.world, accumulation)
         whole_epoch = self.batches.steps_per_epoch
         self.steps_per_epoch = min(whole_epoch, cfg.max_steps_per_epoch or whole_epoch)

@@ -24,10 +24,10 @@ from mdm_full_finetune import MDMFinetune, run
 from omegaconf import DictConfig
 from torch import Tensor
 
-from mdm_plugin.alignment import Drawn, Draws, add_gradient, drawn
-from mdm_plugin.alignment.bounds import check_draws, everywhere, token_bounds
+from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, drawn
+from mdm_plugin.alignment.bounds import check_draws, everywhere, sharing, token_bounds
 from mdm_plugin.alignment.policy import PolicyLoss
-from mdm_plugin.alignment.reference import AdaptersOff, Live, check_reference, frozen_copy
+from mdm_plugin.alignment.reference import Live, check_reference, live_reference
 from mdm_plugin.alignment.rewards import advantages, read_rewards, score
 from mdm_plugin.alignment.rollouts import Rollout, Writing, roll_out
 from mdm_plugin.config.components import instantiate
@@ -42,7 +42,6 @@ from mdm_plugin.evaluation.inference import read_decoding
 from mdm_plugin.evaluation.validation import read_questions
 from mdm_plugin.generation import Decoding
 from mdm_plugin.noise import seed_of
-from mdm_plugin.training.batches import global_batches
 from mdm_plugin.training.estimators import derived
 from mdm_plugin.training.metrics import TensorBoardLogger
 
@@ -71,7 +70,7 @@ class MDMReinforcement(MDMFinetune):
         cfg = self.cfg
         self.loss = derived("loss", instantiate(cfg, "loss"), PolicyLoss)
         check_options(cfg, self.estimator, self.loss)
-        self.draws = Draws(cfg.draws // self.estimator.masking.views, cfg.seed)
+        self.draws = DrawPlan(cfg.draws // self.estimator.masking.views, cfg.seed)
         self.rewards = read_rewards(cfg)
         self.shown: Rollout | None = None  # the last answers
         self.decoding: Decoding = read_decoding(cfg)
@@ -99,10 +98,7 @@ class MDMReinforcement(MDMFinetune):
         if cfg.run_val_every_n_steps and self.questions is None:
             raise UserError("run_val_every_n_steps: set, and there are no questions: give them")
         self.say(f"prompts: {len(self.rows)}, {cfg.group_size} answers to each in a step")
-        self.batches = global_batches(cfg, self.rows, self.tokenizer, self.world, accumulation)
-        whole_epoch = self.batches.steps_per_epoch
-        self.steps_per_epoch = min(whole_epoch, cfg.max_steps_per_epoch or whole_epoch)
-        self.total_steps = cfg.epochs * self.steps_per_epoch
+        self._setup_batches(accumulation)
 
     def _setup_model(self, checkpoint: Path | None) -> None:
         super()._setup_model(checkpoint)
@@ -115,12 +111,8 @@ class MDMReinforcement(MDMFinetune):
         self.reference: Live | None = None
         if self.loss.kl is not None:
             check_reference(cfg, self.model, sampler_moves=False)
-            if cfg.reference == "model":
-                self.reference = frozen_copy(
-                    cfg, self.checkpointer, self.estimator.loss, self.world
-                )
-            else:
-                self.reference = AdaptersOff(self.model, self.estimator.loss, self.world)
+            loss = self.estimator.loss
+            self.reference = live_reference(cfg, self.model, self.checkpointer, loss, self.world)
 
     def train_step(self, step: int) -> None:
         """Answers, their rewards, and the optimizer's steps that follow from them."""
@@ -156,9 +148,9 @@ class MDMReinforcement(MDMFinetune):
     def answers(self, step: int) -> Rollout:
         """This rank's share of the step's answers, by the model as it is now."""
         cfg, place = self.cfg, self.place(step)
-        micro_batches = []
+        micro_batches, numbers = [], self.batches.row_indices(place)
         for batch in self.batches.micro_batches(place):
-            chosen = self.batches.row_indices(place)[batch.places].tolist()
+            chosen = numbers[batch.places].tolist()
             micro_batches.append(([self.prompts[i] for i in chosen], batch.places))
         return roll_out(
             self.model,
@@ -178,7 +170,7 @@ class MDMReinforcement(MDMFinetune):
             for texts, prompts in zip(rollout.texts, rollout.prompts, strict=True)
         ]
         failures = [
-            (f"{rollout.prompts[i][row].place}: {line}")
+            f"{rollout.prompts[i][row].place}: {line}"
             for i, part in enumerate(scored)
             for row, line in part.failures
         ]
@@ -230,7 +222,7 @@ class MDMReinforcement(MDMFinetune):
         return self.cfg.seed, "torch", step, update, self.world.rank, micro_batch
 
     def policy_step(
-        self, step: int, update: int, judged: list["Judged"], shown: dict[str, float]
+        self, step: int, update: int, judged: list[Judged], shown: dict[str, float]
     ) -> None:
         """One optimizer step on this rank's judged answers, and on those of the others.
 
@@ -256,8 +248,7 @@ class MDMReinforcement(MDMFinetune):
                 self.offloading,
             )
         loss, clipped, ratio, kl, bound = (world.sum(sums).cpu() / size).tolist()
-        share = torch.tensor(loss / (len(results) * world.size), device=world.device)
-        results = [x._replace(loss=share) for x in results]
+        results = sharing(results, loss, world)
         figures = {
             **shown,
             "policy/clipped": clipped,

@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torchtune import training
 from tqdm import tqdm
 
 from mdm_plugin.alignment.score_variance import PreferenceVariance
@@ -32,10 +32,10 @@ from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import VarianceOptions
 from mdm_plugin.contract import Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Split
-from mdm_plugin.distributed.build import Build, build_model
 from mdm_plugin.distributed.gradients import folded_gradient
 from mdm_plugin.distributed.world import World, distributed
 from mdm_plugin.errors import UserError
+from mdm_plugin.evaluation.inference import measured_model
 from mdm_plugin.evaluation.variance_report import Measured, write_report
 from mdm_plugin.masking import NextToken
 from mdm_plugin.models import MDMTransformer
@@ -165,23 +165,11 @@ class MDMVariance:
 
     def load_model(self, cfg: DictConfig, where: str) -> MDMTransformer:
         """The model of a part of the config, with the weights of its checkpointer."""
-        options = self.cfg
-        model = build_model(
-            lambda: instantiate(cfg, "model", where=where),
-            self.world,
-            training.get_dtype(options.dtype, device=self.world.device),
-            Build(
-                compile=options.compile,
-                activation_checkpointing=options.enable_activation_checkpointing,
-                cpu_offload=options.fsdp_cpu_offload,
-                reshard_after_forward=options.fsdp_reshard_after_forward,
-            ),
-        )
         checkpointer = instantiate(cfg, "checkpointer", where=where)
         if checkpointer.weights is None:
             self.say(f"{where}checkpointer: no checkpoint_dir: random weights")
-        checkpointer.load_weights(model, options.seed)
-        return model.train()
+        build = partial(instantiate, cfg, "model", where=where)
+        return measured_model(self.cfg, build, checkpointer, self.world).train()
 
     def fit_samplers(self) -> None:
         """Teach the samplers that learn from the model: by a probe, and by some losses."""

@@ -4,65 +4,24 @@ import pytest
 import torch
 
 from mdm_plugin.contract import Masking, Times, TimestepSampler, Views
-from mdm_plugin.density import Density
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import (
     Bernoulli,
-    Complement,
     FixedCount,
-    Independent,
     Mirror,
-    Rotation,
     Systematic,
     masking_rate,
 )
 from mdm_plugin.objectives import Power
-from mdm_plugin.timesteps import Adaptive, ParetoOptimal, Stratified, Uniform
-from tests.toy import ELBO, Toy, row_losses, z_score
+from mdm_plugin.timesteps import Uniform
+from tests.toy import BY_COUNT, BY_RATE, ELBO, EPS, SAMPLERS, Toy, pareto, row_losses, z_score
 
 GROUPS, SIZE = 16_384, 8  # 131,072 draws
-EPS = 1e-3
 TOY = Toy(6)
 
 
 def test_the_two_exact_objectives_agree_where_they_must():
     assert TOY.objective(eps=0.0) == pytest.approx(TOY.objective_by_counts(), rel=1e-12)
-
-
-def pareto():
-    """P-POTS with a density that is far from uniform at both ends."""
-    sampler = ParetoOptimal()
-    sampler.density = Density(torch.tensor([0.0, 0.1, 0.6, 1.0]), torch.tensor([5, 1, 0.3, 2.0]))
-    return sampler
-
-
-def adaptive():
-    """Adaptive after losses that grow with t."""
-    sampler = Adaptive(bins=5, warmup_rows=10)
-    t = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sampler.update(sampler.tally(t, 0.2 + t))
-    assert float(sampler.density(ELBO)(torch.tensor([0.9]))) > 1.2
-    return sampler
-
-
-SAMPLERS = {
-    "Uniform": Uniform(),
-    "Stratified": Stratified(),
-    "ParetoOptimal": pareto(),
-    "Adaptive": adaptive(),
-}
-BY_RATE = {
-    "Bernoulli": Bernoulli(EPS),
-    "Mirror": Mirror(EPS),
-    "Independent": Independent(EPS),
-    "Rotation3": Rotation(3, eps=EPS),
-}
-BY_COUNT = {
-    "Systematic": Systematic(),
-    "FixedCount": FixedCount(),
-    "Complement": Complement(),
-    "Rotation4": Rotation(4, fixed_count=True),
-}
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])

@@ -9,7 +9,6 @@ from scipy.stats import binom
 
 from mdm_plugin.density import (
     TABLES,
-    Density,
     count_shares,
     count_weight,
     masked_count,
@@ -17,20 +16,16 @@ from mdm_plugin.density import (
 )
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import (
-    Bernoulli,
     Complement,
     FixedCount,
-    Independent,
-    Mirror,
-    Rotation,
     Systematic,
 )
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.objectives import ELBO, Bell, Piecewise, Power, Widening, Window
-from mdm_plugin.timesteps import Adaptive, ParetoOptimal, Stratified, Uniform
-from tests.toy import Toy, row_losses, z_score
+from mdm_plugin.timesteps import Stratified
+from tests.toy import BY_COUNT, BY_RATE, EPS, SAMPLERS, Toy, pareto, row_losses, z_score
 
-GROUPS, SIZE, EPS = 1024, 32, 1e-3
+GROUPS, SIZE = 1024, 32
 TOY = Toy(6)
 EDGES = (0.0, 0.15, 0.25, 0.4, 0.5, 0.9, 1.0)  # of all windows and knots below
 
@@ -51,38 +46,7 @@ OBJECTIVES = {
 DENSITIES = {name: objective(at) for name, (objective, at, _) in OBJECTIVES.items()}
 
 
-def pareto():
-    """P-POTS with a density that is far from uniform at both ends."""
-    sampler = ParetoOptimal()
-    sampler.density = Density(torch.tensor([0.0, 0.1, 0.6, 1.0]), torch.tensor([5, 1, 0.3, 2.0]))
-    return sampler
-
-
-def adaptive():
-    """Adaptive after losses that grow with t."""
-    sampler = Adaptive(bins=5, warmup_rows=10)
-    t = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sampler.update(sampler.tally(t, 0.2 + t))
-    return sampler
-
-
-SAMPLERS = {
-    "Uniform": Uniform(),
-    "Stratified": Stratified(),
-    "ParetoOptimal": pareto(),
-    "Adaptive": adaptive(),
-}
-MASKINGS = {
-    "Bernoulli": Bernoulli(EPS),
-    "Mirror": Mirror(EPS),
-    "Independent": Independent(EPS),
-    "Rotation3": Rotation(3, eps=EPS),
-    "Systematic": Systematic(),
-    "FixedCount": FixedCount(),
-    "Complement": Complement(),
-    "Rotation4": Rotation(4, fixed_count=True),
-}
-BY_RATE = ("Bernoulli", "Mirror", "Independent", "Rotation3")
+MASKINGS = BY_RATE | BY_COUNT
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

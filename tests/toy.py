@@ -9,9 +9,55 @@ from torch import Tensor
 from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.density import Density, uniform_density
+from mdm_plugin.masking import (
+    Bernoulli,
+    Complement,
+    FixedCount,
+    Independent,
+    Mirror,
+    Rotation,
+    Systematic,
+)
+from mdm_plugin.timesteps import Adaptive, ParetoOptimal, Stratified, Uniform
 from mdm_plugin.training.step import corrupt
 
-ELBO = uniform_density()
+ELBO, EPS = uniform_density(), 1e-3
+
+
+def pareto():
+    """P-POTS with a density that is far from uniform at both ends."""
+    sampler = ParetoOptimal()
+    sampler.density = Density(torch.tensor([0.0, 0.1, 0.6, 1.0]), torch.tensor([5, 1, 0.3, 2.0]))
+    return sampler
+
+
+def adaptive():
+    """Adaptive after losses that grow with t."""
+    sampler = Adaptive(bins=5, warmup_rows=10)
+    t = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampler.update(sampler.tally(t, 0.2 + t))
+    assert float(sampler.density(ELBO)(torch.tensor([0.9]))) > 1.2
+    return sampler
+
+
+SAMPLERS = {
+    "Uniform": Uniform(),
+    "Stratified": Stratified(),
+    "ParetoOptimal": pareto(),
+    "Adaptive": adaptive(),
+}
+BY_RATE = {
+    "Bernoulli": Bernoulli(EPS),
+    "Mirror": Mirror(EPS),
+    "Independent": Independent(EPS),
+    "Rotation3": Rotation(3, eps=EPS),
+}
+BY_COUNT = {
+    "Systematic": Systematic(),
+    "FixedCount": FixedCount(),
+    "Complement": Complement(),
+    "Rotation4": Rotation(4, fixed_count=True),
+}
 
 
 class Toy:

@@ -3,6 +3,6 @@
 May import: errors, the maths, and all rooms up to evaluation.
 """
 
-from mdm_plugin.alignment.bounds import Drawn, Draws, add_gradient, bounds, drawn
+from mdm_plugin.alignment.bounds import Drawn, DrawPlan, add_gradient, bounds, drawn
 
-__all__ = ["Drawn", "Draws", "add_gradient", "bounds", "drawn"]
+__all__ = ["DrawPlan", "Drawn", "add_gradient", "bounds", "drawn"]

@@ -41,7 +41,7 @@ from mdm_plugin.training.step import (
 )
 
 
-class Draws(NamedTuple):
+class DrawPlan(NamedTuple):
     """How many draws a bound is estimated from, and by what noise.
 
     number: D, draws of each sequence. seed: of their noise. shared: so many neighbouring sequences,
@@ -68,7 +68,7 @@ class Drawn(NamedTuple):
         return self.draws[0].places
 
 
-def drawn(batch: Batch, estimator: Estimator, draws: Draws, key: tuple[int | str, ...]) -> Drawn:
+def drawn(batch: Batch, estimator: Estimator, draws: DrawPlan, key: tuple[int | str, ...]) -> Drawn:
     """A micro-batch corrupted D times, by noise that is a function of (seed, key, draw, place).
 
     To the sampler of t, a sequence's D draws are a global batch of their own. So stratified draws
@@ -172,6 +172,13 @@ def add_gradient(
         result = backward(model, loss, weighted, one, world, offloading)
         found.append(result._replace(batch=noisy))
     return found
+
+
+def sharing(results: Sequence[Result], loss: float, world: World) -> list[Result]:
+    """The same results, each with its share of a step's whole loss: what is logged and guarded is
+    that, and not the sums that these had in the place of it."""
+    share = torch.tensor(loss / (len(results) * world.size), device=world.device)
+    return [x._replace(loss=share) for x in results]
 
 
 def everywhere(

@@ -77,15 +77,14 @@ class AdaptersOff(Live):
     """The model under its adapters: no copy at all."""
 
     @contextmanager
-    def _without(self) -> Iterator[None]:
+    def use(self) -> Iterator[None]:
         training = self.model.training
         self.model.eval()
-        with disable_adapter(self.model):
-            yield
-        self.model.train(training)
-
-    def use(self) -> AbstractContextManager[None]:
-        return self._without()
+        try:
+            with disable_adapter(self.model):
+                yield
+        finally:
+            self.model.train(training)
 
 
 class Stored(Reference):
@@ -191,10 +190,13 @@ class Stored(Reference):
         return [values[x.places] for x in micro_batches]
 
 
-def frozen_copy(
-    cfg: DictConfig, checkpointer: Checkpointer, loss: MDMLoss, world: World
-) -> FrozenCopy:
-    """The model that ``cfg`` starts from, once more, whether the run goes on or starts."""
+def live_reference(
+    cfg: DictConfig, policy: MDMTransformer, checkpointer: Checkpointer, loss: MDMLoss, world: World
+) -> Live:
+    """``policy`` without its adapters, or by ``reference: model`` the model that ``cfg`` starts
+    from, once more, whether the run goes on or starts."""
+    if cfg.reference == "adapters_off":
+        return AdaptersOff(policy, loss, world)
     model = build_model(
         lambda: instantiate(cfg, "model"),
         world,

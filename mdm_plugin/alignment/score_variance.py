@@ -7,25 +7,25 @@ its covariance): all of it is noise of the bounds, as the answers stay the same.
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torchtune import training
 from tqdm import tqdm
 
-from mdm_plugin.alignment.bounds import Drawn, Draws, add_gradient, bounds, drawn, everywhere
+from mdm_plugin.alignment.bounds import Drawn, DrawPlan, add_gradient, bounds, drawn, everywhere
 from mdm_plugin.alignment.preferences import check_loss, compare
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator, Times, TimestepSampler
 from mdm_plugin.data import GlobalBatches, Padding, Split
 from mdm_plugin.density import Density
-from mdm_plugin.distributed.build import build_model
 from mdm_plugin.distributed.gradients import folded_gradient
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
+from mdm_plugin.evaluation.inference import measured_model
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training.checks import check_data, check_examples
@@ -110,14 +110,9 @@ class PreferenceVariance:
         ]
 
     def _model(self, part: DictConfig, where: str, key: str = "checkpointer") -> MDMTransformer:
-        cfg, world = self.cfg, self.world
-        model = build_model(
-            lambda: instantiate(cfg, "model"),
-            world,
-            training.get_dtype(cfg.dtype, device=world.device),
-        )
-        instantiate(part, key, where=where).load_weights(model, cfg.seed)
-        return model
+        checkpointer = instantiate(part, key, where=where)
+        build = partial(instantiate, self.cfg, "model")
+        return measured_model(self.cfg, build, checkpointer, self.world)
 
     def _candidate(self, name: str, parts: Any, mask_id: int) -> Candidate:
         where = f"estimators.{name}."
@@ -128,7 +123,7 @@ class PreferenceVariance:
         loss = instantiate(self.cfg, "loss")
         estimator = as_estimator(timesteps, masking, loss, mask_id, where)
         check_estimator(estimator, is_causal(self.model), where)
-        draws, noise = int(parts.get("draws", self.cfg.preferences.get("draws", 8))), "own"
+        draws = int(parts.get("draws", self.cfg.preferences.get("draws", 8)))
         if draws < 1 or draws % masking.views:
             raise UserError(f"{where}draws: {draws}: use a multiple of {masking.views}")
         noise = parts.get("noise", "own")
@@ -176,7 +171,7 @@ class PreferenceVariance:
     def _look(self, candidate: Candidate, step: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         cfg, world, loss = self.cfg, self.world, candidate.estimator.loss
         share = 2 if candidate.noise == "answers" else 1
-        how = Draws(candidate.draws // candidate.estimator.masking.views, cfg.seed, share)
+        how = DrawPlan(candidate.draws // candidate.estimator.masking.views, cfg.seed, share)
 
         def draw(key: str) -> list[Drawn]:
             return [

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torchtune.data import Message
 
 from mdm_plugin.data.cache import Tokens
-from mdm_plugin.data.datasets import tokenize
+from mdm_plugin.data.datasets import check_turns, tokenize
 from mdm_plugin.data.reading import BadRow, BadRows, Policy, read_once
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.data.sources import find_source
@@ -84,17 +84,17 @@ def _conversation(
     """(role, text) of each turn, the last one the answer."""
     answer = row.get(columns[which])
     if isinstance(answer, list):
-        turns = _turns(answer, columns[which], keys)
+        turns = _turns(row, columns[which], keys)
         if len(turns) > 1 or not isinstance(row.get(columns["prompt"]), list):
             return turns
-        return [*_turns(row[columns["prompt"]], columns["prompt"], keys), *turns]
+        return [*_turns(row, columns["prompt"], keys), *turns]
     if not isinstance(answer, str):
         raise BadRow(f"no conversation or text in {columns[which]!r} (columns: {', '.join(row)})")
     prompt = row.get(columns["prompt"])
     if isinstance(prompt, str):
         before = [("user", prompt)]
     elif isinstance(prompt, list):
-        before = _turns(prompt, columns["prompt"], keys)
+        before = _turns(row, columns["prompt"], keys)
     else:
         raise BadRow(
             f"no prompt in {columns['prompt']!r}, which {columns[which]!r}, a text, would answer "
@@ -103,12 +103,10 @@ def _conversation(
     return [*before, ("assistant", answer)]
 
 
-def _turns(turns: list[Any], column: str, keys: tuple[str, str]) -> list[tuple[str, str]]:
+def _turns(row: Mapping[str, Any], column: str, keys: tuple[str, str]) -> list[tuple[str, str]]:
     role, content = keys
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in keys):
-            raise BadRow(f'{column}[{i}] is not {{"{role}": text, "{content}": text}}')
-    return [(_ROLES.get(turn[role], turn[role]), turn[content]) for turn in turns]
+    check_turns(row, column, role, content)
+    return [(_ROLES.get(turn[role], turn[role]), turn[content]) for turn in row[column]]
 
 
 def _tokens(tokenizer: ChatTokenizer, turns: list[tuple[str, str]], system: str | None) -> Tokens:

@@ -1,12 +1,13 @@
 """What mdm_generate, mdm_eval and the harness set up alike: a decoding, and a model to use."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torchtune import training
 
+from mdm_plugin.checkpoint.checkpointer import Checkpointer
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt
@@ -79,3 +80,25 @@ def load_model(
             )
     checkpointer.load_weights(model)
     return model, checkpointer.source_files()
+
+
+def measured_model(
+    options: DictConfig,
+    build: Callable[[], MDMTransformer],
+    checkpointer: Checkpointer,
+    world: World,
+) -> MDMTransformer:
+    """A model of ``mdm_variance``, as its options have it built, filled by ``checkpointer``."""
+    model = build_model(
+        build,
+        world,
+        training.get_dtype(options.dtype, device=world.device),
+        Build(
+            compile=options.compile,
+            activation_checkpointing=options.enable_activation_checkpointing,
+            cpu_offload=options.fsdp_cpu_offload,
+            reshard_after_forward=options.fsdp_reshard_after_forward,
+        ),
+    )
+    checkpointer.load_weights(model, options.seed)
+    return model

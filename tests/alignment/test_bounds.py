@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.rlhf.loss import DPOLoss
 
-from mdm_plugin.alignment import Drawn, Draws, add_gradient, bounds, drawn
+from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, bounds, drawn
 from mdm_plugin.alignment.bounds import packed
 from mdm_plugin.alignment.preferences import compare
 from mdm_plugin.contract import Estimator, Masking, Times, TimestepSampler, Views
@@ -71,7 +71,7 @@ def toy_bounds(toy: Toy, draws: Drawn) -> torch.Tensor:
 def test_the_mean_over_draws_is_the_bound_by_enumeration(sampler, masking):
     toy, masks = Toy(6), MASKS[masking]
     estimator = Estimator(SAMPLERS[sampler], masks, MDMLoss(), -1)
-    found = drawn(copies(6, 1500), estimator, Draws(3, seed=1), ("mask", 0))
+    found = drawn(copies(6, 1500), estimator, DrawPlan(3, seed=1), ("mask", 0))
     truth = -6 * toy.objective_by_counts()
     values = toy_bounds(toy, found)
     assert abs(z_score(values[:, None], truth)) < 4
@@ -80,22 +80,22 @@ def test_the_mean_over_draws_is_the_bound_by_enumeration(sampler, masking):
 
 def test_a_sequence_s_draws_are_spread_evenly_over_its_counts():
     estimator = Estimator(Stratified(), FixedCount(), MDMLoss(), -1)
-    found = drawn(copies(8, 50), estimator, Draws(8, seed=1), ("mask", 0))
+    found = drawn(copies(8, 50), estimator, DrawPlan(8, seed=1), ("mask", 0))
     counts = torch.stack([x.targets.rows.bincount(minlength=50) for x in found.draws], 1)
     assert torch.equal(counts.sort(1).values, torch.arange(1, 9).repeat(50, 1))
 
 
 def test_noise_is_a_function_of_the_place_and_both_answers_can_share_it():
     estimator = Estimator(Stratified(), Bernoulli(), MDMLoss(), -1)
-    both = drawn(copies(8, 6), estimator, Draws(4, 1, shared=2), ("mask", 3)).draws
+    both = drawn(copies(8, 6), estimator, DrawPlan(4, 1, shared=2), ("mask", 3)).draws
     for noisy in both:
         assert torch.equal(noisy.noisy[0::2], noisy.noisy[1::2])
         assert len(noisy.noisy.unique(dim=0)) > 1
     whole = copies(8, 6)
     part = whole._replace(**{k: getattr(whole, k)[2:4] for k in ("tokens", "eligible", "u")})
     part = part._replace(places=torch.tensor([4, 1]))
-    all_of_it = drawn(whole, estimator, Draws(4, 1), ("mask", 3)).draws
-    own_part = drawn(part, estimator, Draws(4, 1), ("mask", 3)).draws
+    all_of_it = drawn(whole, estimator, DrawPlan(4, 1), ("mask", 3)).draws
+    own_part = drawn(part, estimator, DrawPlan(4, 1), ("mask", 3)).draws
     for noisy, own in zip(all_of_it, own_part, strict=True):
         assert torch.equal(noisy.noisy[[4, 1]], own.noisy)
         assert torch.equal(noisy.t[[4, 1]], own.t)
@@ -181,7 +181,7 @@ def test_with_all_masks_the_gradient_is_autograd_s_through_the_exact_bounds():
     net, reference, batch = model(0), model(1), pairs()
     estimator = Estimator(Grid(), EverySet(), MDMLoss(), MASK)
     found, gradient = two_passes(
-        net, reference, drawn(batch, estimator, Draws(15, 0), ("mask", 0)), MDMLoss()
+        net, reference, drawn(batch, estimator, DrawPlan(15, 0), ("mask", 0)), MDMLoss()
     )
     ours = torch.stack([exact_bound(net, batch, i) for i in range(4)])
     theirs = torch.stack([exact_bound(reference, batch, i) for i in range(4)]).detach()
@@ -198,7 +198,7 @@ def test_with_all_masks_the_gradient_is_autograd_s_through_the_exact_bounds():
 def test_two_passes_are_one_graph(masking, per_token):
     net, reference, batch = model(0), model(1), pairs(3, 7)
     estimator = Estimator(Stratified(), MASKS[masking], MDMLoss(), MASK)
-    draws = drawn(batch, estimator, Draws(4, 0), ("mask", 0))
+    draws = drawn(batch, estimator, DrawPlan(4, 0), ("mask", 0))
     found, gradient = two_passes(net, reference, draws, MDMLoss(), per_token=per_token)
 
     def graph(one):
@@ -227,7 +227,7 @@ def test_packed_bounds_and_gradients_are_the_padded_ones():
     real[1, 8:] = real[2, 9:] = False
     batch = batch._replace(eligible=batch.eligible & real, attend=real[:, None])
     estimator = Estimator(Stratified(), Complement(), MDMLoss(), MASK)
-    draws = drawn(batch, estimator, Draws(3, 0), ("mask", 0))
+    draws = drawn(batch, estimator, DrawPlan(3, 0), ("mask", 0))
     plain = two_passes(net, reference, draws, MDMLoss())
     dense = two_passes(net, reference, packed(draws, net, WORLD.device, 1), MDMLoss())
     assert abs(plain[0].loss - dense[0].loss) < 1e-9
@@ -249,7 +249,7 @@ def test_dropout_is_the_same_in_both_passes():
         torch.nn.init.normal_(parameter, std=0.4)
     net.train()
     estimator = Estimator(Stratified(), FixedCount(), MDMLoss(), MASK)
-    draws, loss = drawn(pairs(), estimator, Draws(2, 0), ("mask", 0)), MDMLoss()
+    draws, loss = drawn(pairs(), estimator, DrawPlan(2, 0), ("mask", 0)), MDMLoss()
     first = bounds(net, loss, draws, WORLD, ("k", 1))
     results = add_gradient(net, loss, draws, torch.ones(4).double(), WORLD, ("k", 1))
     again = torch.stack([-x.row_losses.double() * 4 for x in results], 1)
@@ -292,7 +292,7 @@ def test_memory_does_not_grow_with_the_draws():
     peaks = []
     for count in (1, 8):
         net = model(0, vocab_size=256, embed_dim=64, intermediate_dim=128)
-        draws = drawn(batch, estimator, Draws(count, 0), ("mask", 0))
+        draws = drawn(batch, estimator, DrawPlan(count, 0), ("mask", 0))
         # Each draw masks all that there is, so that both are alike in that.
         draws = draws._replace(draws=[_full(x, batch) for x in draws.draws])
         for parameter in net.parameters():  # a step's first gradients are not made in its middle

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from mdm_plugin.alignment import Draws, add_gradient, bounds, drawn
+from mdm_plugin.alignment import DrawPlan, add_gradient, bounds, drawn
 from mdm_plugin.alignment.bounds import token_bounds
 from mdm_plugin.alignment.estimates import Coupled, FullyMasked, GaussQuadrature, RoundedCount
 from mdm_plugin.alignment.policy import PolicyLoss
@@ -88,7 +88,7 @@ def test_a_policy_loss_refuses_what_it_is_not(wrong):
 def test_places_add_up_to_the_bound_and_take_their_own_slopes():
     net, batch, loss = model(0), pairs(3, 7), MDMLoss()
     estimator = Estimator(Stratified(), Complement(), loss, MASK)
-    draws = drawn(batch, estimator, Draws(3, 0), ("policy", 0))
+    draws = drawn(batch, estimator, DrawPlan(3, 0), ("policy", 0))
     by_token = token_bounds(net, loss, draws, WORLD, ("k",))
     assert not by_token[~batch.eligible].any()
     assert torch.allclose(by_token.sum(1), bounds(net, loss, draws, WORLD, ("k",)).mean(1))
@@ -119,7 +119,7 @@ def test_published_estimates_estimate_what_they_say_and_their_bias_is_known():
 
     def mean(sampler, masking, draws):
         estimator = Estimator(sampler, masking, MDMLoss(), -1)
-        return toy_bounds(toy, drawn(copies(6, 4000), estimator, Draws(draws, 3), ("mask", 0)))
+        return toy_bounds(toy, drawn(copies(6, 4000), estimator, DrawPlan(draws, 3), ("mask", 0)))
 
     one = mean(Uniform(), FullyMasked(0.15), 1)
     assert torch.allclose(
@@ -153,7 +153,7 @@ def test_published_estimates_estimate_what_they_say_and_their_bias_is_known():
 def test_the_prompt_is_hidden_at_its_rate_and_never_predicted():
     batch = pairs(8, 4, 200)
     estimator = Estimator(Uniform(), FullyMasked(0.25), MDMLoss(), MASK)
-    noisy = drawn(batch, estimator, Draws(1, 0), ("mask", 0)).draws[0]
+    noisy = drawn(batch, estimator, DrawPlan(1, 0), ("mask", 0)).draws[0]
     hidden = (noisy.noisy == MASK)[:, :8].double().mean()
     assert hidden == pytest.approx(0.25, abs=0.03)
     assert (noisy.targets.positions % 12 >= 8).all()
@@ -218,7 +218,7 @@ def test_counts_and_complements_have_less_noise_than_the_field_s():
         ("complement", Stratified(), Complement(), 2),
     ):
         estimator = Estimator(sampler, masking, MDMLoss(), -1)
-        found = drawn(copies(8, 2000), estimator, Draws(draws, 3), ("mask", 0))
+        found = drawn(copies(8, 2000), estimator, DrawPlan(draws, 3), ("mask", 0))
         spread[name] = float(toy_bounds(toy, found).var())
     assert spread["even"] < 0.5 * spread["independent"]
     assert spread["complement"] < spread["independent"]
