@@ -26,7 +26,7 @@ from mdm_plugin.distributed.parameters import initialize_parameters
 from mdm_plugin.distributed.world import World
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import llada
-from mdm_plugin.training.step import Corrupted, pack
+from mdm_plugin.training.corruption import Corrupted, pack
 
 # About so many masked positions, in so many rows.
 MEASURED = ((50, 5), (500, 6), (5000, 24))

@@ -38,7 +38,8 @@ from mdm_plugin.objectives import ELBO, Widening, Window
 from mdm_plugin.quickstart.data import worked_answer
 from mdm_plugin.timesteps import Stratified
 from mdm_plugin.training import get_linear_schedule_with_warmup
-from mdm_plugin.training.step import backward, corrupted_step, global_normalizer
+from mdm_plugin.training.corruption import corrupted_step
+from mdm_plugin.training.step import backward, global_normalizer
 
 PROBLEMS = 32_000  # of the training rows, for all lengths
 TESTED = 240  # problems; or texts of 64 tokens

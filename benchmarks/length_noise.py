@@ -37,8 +37,9 @@ from mdm_plugin.noise import keyed_generator
 from mdm_plugin.objectives import ELBO, Window
 from mdm_plugin.pareto import probe_grid
 from mdm_plugin.timesteps import ParetoOptimal, Stratified, Uniform
+from mdm_plugin.training.corruption import corrupt
 from mdm_plugin.training.probe import fit, probe, probe_due
-from mdm_plugin.training.step import backward, corrupt, global_normalizer
+from mdm_plugin.training.step import backward, global_normalizer
 from mdm_plugin.variance import Draws, contributions, decompose, ratio
 
 OBJECTIVES = {"ELBO": ELBO(), "window (.15, 1)": Window(0.15), "window (.4, 1)": Window(0.4)}

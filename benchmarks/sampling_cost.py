@@ -24,7 +24,8 @@ from mdm_plugin.distributed.world import World
 from mdm_plugin.masking import Bernoulli, Complement, FixedCount, Mirror, Systematic
 from mdm_plugin.noise import keyed_generator, keyed_uniform
 from mdm_plugin.timesteps import ParetoOptimal
-from mdm_plugin.training.step import backward, corrupt, global_normalizer
+from mdm_plugin.training.corruption import corrupt
+from mdm_plugin.training.step import backward, global_normalizer
 
 STEPS = 40
 

@@ -30,17 +30,11 @@ from mdm_plugin.masking import Bernoulli, FixedCount
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.objectives import ELBO, Window
 from mdm_plugin.timesteps import ParetoStream
+from mdm_plugin.training.corruption import Corrupted, corrupted_step
 from mdm_plugin.training.hidden import row_norms
 from mdm_plugin.training.probe import fit, probe
 from mdm_plugin.training.schedules import get_linear_schedule_with_warmup
-from mdm_plugin.training.step import (
-    Corrupted,
-    backward,
-    corrupted_step,
-    global_normalizer,
-    learn,
-    wants_norms,
-)
+from mdm_plugin.training.step import backward, global_normalizer, learn, wants_norms
 
 POINTS, ROWS, MASKS = 20, 64, 8  # of a fresh probe; many rows, as few of them have most of G²
 TURNS = 40

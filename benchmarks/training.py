@@ -39,15 +39,9 @@ from mdm_plugin.masking import Bernoulli
 from mdm_plugin.models import MDMTransformer, llada
 from mdm_plugin.models.transformer import ROTARY
 from mdm_plugin.timesteps import Stratified
+from mdm_plugin.training.corruption import Corrupted, corrupt, corrupted_step, pack
 from mdm_plugin.training.in_backward import StepInBackward
-from mdm_plugin.training.step import (
-    Corrupted,
-    backward,
-    corrupt,
-    corrupted_step,
-    global_normalizer,
-    pack,
-)
+from mdm_plugin.training.step import backward, global_normalizer
 
 VOCABULARY, MASK, PAD = 126_464, 126_336, 0
 GIB = 2**30

@@ -207,11 +207,28 @@ class Masking:
 _ELBO = uniform_density()
 
 
+class Blocks(NamedTuple):
+    """How a model writes its rows: block by block (``mdm_plugin.models.blocks``).
+
+    length: S, tokens of a block. one_t: all blocks of a row have its t; else each has its own, and
+    the sampler of t is asked for as many as the global batch has blocks with something to predict.
+    """
+
+    length: int
+    one_t: bool = False
+
+
 class Estimator(NamedTuple):
-    """The three parts, the id of the token that hides a position, and the objective's w now."""
+    """The three parts, the id of the token that hides a position, and the objective's w now.
+
+    blocks: of a model that writes block by block. A row's objective is then that of its blocks,
+    each given the clean ones before it, weighted by their eligible positions; to the sampler and
+    the mask a block is what a row is without blocks.
+    """
 
     timesteps: TimestepSampler
     masking: Masking
     loss: MDMLoss
     mask_id: int
     w: Density = _ELBO
+    blocks: Blocks | None = None

@@ -34,6 +34,7 @@ from mdm_plugin.evaluation.validation import read_questions, validate
 from mdm_plugin.noise import seed_torch
 from mdm_plugin.training import EMA, checks, metrics
 from mdm_plugin.training.batches import global_batches, read_datasets
+from mdm_plugin.training.corruption import corrupted_step, pack
 from mdm_plugin.training.estimators import check_throughout, read_estimator, read_objective
 from mdm_plugin.training.guard import Guard
 from mdm_plugin.training.in_backward import StepInBackward
@@ -41,15 +42,7 @@ from mdm_plugin.training.plan import dry_run
 from mdm_plugin.training.precision import build_options, rounding
 from mdm_plugin.training.probe import fit, fit_line, probe, probe_due
 from mdm_plugin.training.resume import check_identity, find_checkpoint
-from mdm_plugin.training.step import (
-    Result,
-    backward,
-    corrupted_step,
-    global_normalizer,
-    learn,
-    pack,
-    wants_norms,
-)
+from mdm_plugin.training.step import Result, backward, global_normalizer, learn, wants_norms
 from mdm_plugin.training.stop import Stop
 
 

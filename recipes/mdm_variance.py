@@ -42,6 +42,7 @@ from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training.checks import check_data
+from mdm_plugin.training.corruption import corrupt
 from mdm_plugin.training.estimators import (
     as_estimator,
     check_estimator,
@@ -50,14 +51,7 @@ from mdm_plugin.training.estimators import (
 )
 from mdm_plugin.training.metrics import TensorBoardLogger
 from mdm_plugin.training.probe import fit, fit_line, plot_fit, probe, probe_due, write_fit
-from mdm_plugin.training.step import (
-    Result,
-    backward,
-    corrupt,
-    global_normalizer,
-    learn,
-    wants_norms,
-)
+from mdm_plugin.training.step import Result, backward, global_normalizer, learn, wants_norms
 from mdm_plugin.variance import Draws, contributions, signal
 
 # Of each batch b: (rows, t, masks) of the four draws that mdm_plugin.variance explains.

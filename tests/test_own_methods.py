@@ -16,9 +16,9 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount
 from mdm_plugin.timesteps import Stratified
+from mdm_plugin.training.corruption import corrupted_step
 from mdm_plugin.training.estimators import as_estimator
 from mdm_plugin.training.probe import fit
-from mdm_plugin.training.step import corrupted_step
 from tests.conftest import scalars
 from tests.forks import free_port
 from tests.toy import ELBO, Toy, row_losses, z_score

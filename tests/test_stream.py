@@ -17,8 +17,9 @@ from mdm_plugin.models import llada, lora_llada
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.objectives import Window
 from mdm_plugin.timesteps import ParetoStream, Uniform
+from mdm_plugin.training.corruption import corrupt, pack
 from mdm_plugin.training.probe import probe
-from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
+from mdm_plugin.training.step import backward, global_normalizer
 from tests.recipes.test_full_finetune import TWO_RANKS, assert_same, curves
 from tests.toy import ELBO, Toy, row_losses
 

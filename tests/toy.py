@@ -19,7 +19,7 @@ from mdm_plugin.masking import (
     Systematic,
 )
 from mdm_plugin.timesteps import Adaptive, ParetoOptimal, Stratified, Uniform
-from mdm_plugin.training.step import corrupt
+from mdm_plugin.training.corruption import corrupt
 
 ELBO, EPS = uniform_density(), 1e-3
 

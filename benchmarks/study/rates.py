@@ -41,7 +41,8 @@ from mdm_plugin.masking import FixedCount
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.timesteps import Stratified
 from mdm_plugin.training.batches import global_batches
-from mdm_plugin.training.step import backward, corrupt, global_normalizer
+from mdm_plugin.training.corruption import corrupt
+from mdm_plugin.training.step import backward, global_normalizer
 
 WORLD = World(0, 1, torch.device("cpu"), None)
 GRID = torch.linspace(1 / 24, 23 / 24, 12, dtype=torch.float64)

@@ -47,8 +47,9 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import NextToken
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training.batches import global_batches
+from mdm_plugin.training.corruption import corrupted_step
 from mdm_plugin.training.estimators import read_estimator
-from mdm_plugin.training.step import backward, corrupted_step, forward_loss, global_normalizer
+from mdm_plugin.training.step import backward, forward_loss, global_normalizer
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"

@@ -28,17 +28,8 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator, keyed_uniform, seed_torch
-from mdm_plugin.training.step import (
-    NO_OFFLOADING,
-    Corrupted,
-    Result,
-    backward,
-    check_times,
-    corrupt,
-    forward_loss,
-    pack,
-    row_losses,
-)
+from mdm_plugin.training.corruption import Corrupted, check_times, corrupt, pack
+from mdm_plugin.training.step import NO_OFFLOADING, Result, backward, forward_loss, row_losses
 
 
 class DrawPlan(NamedTuple):
@@ -57,15 +48,13 @@ class Drawn(NamedTuple):
     """A micro-batch of R sequences, each corrupted D times.
 
     draws: one for each draw, of the same R sequences. n: [R], long, eligible tokens of each.
+    places: [R], long, of the sequences in the global batch. length: L, of their rows.
     """
 
     draws: list[Corrupted]
     n: Tensor
-
-    @property
-    def places(self) -> Tensor:
-        """[R], of the sequences in the global batch."""
-        return self.draws[0].places
+    places: Tensor
+    length: int
 
 
 def drawn(batch: Batch, estimator: Estimator, draws: DrawPlan, key: tuple[int | str, ...]) -> Drawn:
@@ -95,8 +84,8 @@ def drawn(batch: Batch, estimator: Estimator, draws: DrawPlan, key: tuple[int | 
         )
         u = keyed_uniform(draws.seed, *key, d, places=noise, length=batch.tokens.shape[1])
         noisy = corrupt(batch._replace(u=u, places=own), times, estimator)
-        found.append(noisy._replace(places=batch.places))
-    return Drawn(found, batch.eligible.sum(1))
+        found.append(noisy._replace(places=batch.places[noisy.places]))
+    return Drawn(found, batch.eligible.sum(1), batch.places, batch.tokens.shape[1])
 
 
 def packed(draws: Drawn, model: MDMTransformer, device: torch.device, multiple: int) -> Drawn:
@@ -118,7 +107,7 @@ def bounds(
         seed_torch(*key, d)
         here = noisy.to(world.device)
         rows = row_losses(here, forward_loss(model, loss, here)[1])
-        found.append(-rows.cpu().double() * draws.n * noisy.importance)
+        found.append(noisy.of_rows(-rows.cpu().double() * noisy.n * noisy.importance))
     return torch.stack(found, 1)
 
 
@@ -131,14 +120,13 @@ def token_bounds(
     A row's sum is B. The place of a token that no draw has masked adds 0. key: as in ``bounds``;
     the draws are not packed.
     """
-    rows, length = len(draws.n), draws.draws[0].noisy.shape[1]
-    found = torch.zeros(rows, length, dtype=torch.float64)
+    found = torch.zeros(len(draws.n), draws.length, dtype=torch.float64)
     for d, noisy in enumerate(draws.draws):
         seed_torch(*key, d)
-        here, targets = noisy.to(world.device), noisy.targets
+        here = noisy.to(world.device)
         ce = forward_loss(model, loss, here)[1].cpu().double()
-        row, place = targets.rows % rows, targets.positions % length
-        values = -ce * targets.weights * draws.n[row] / len(draws.draws)
+        row, place = noisy.target_places()
+        values = -ce * noisy.targets.weights * draws.n[row] / len(draws.draws)
         found.index_put_((row, place), values, accumulate=True)
     return found
 
@@ -163,10 +151,7 @@ def add_gradient(
     weights = (-slopes * scale / len(draws.draws)).float()
     for d, noisy in enumerate(draws.draws):
         seed_torch(*key, d)
-        rows = noisy.targets.rows % len(slopes)
-        own = weights[rows]
-        if slopes.ndim == 2:
-            own = own.gather(1, (noisy.targets.positions % slopes.shape[1])[:, None])[:, 0]
+        own = weights[noisy.target_rows if slopes.ndim == 1 else noisy.target_places()]
         targets = noisy.targets._replace(weights=noisy.targets.weights * own)
         weighted = noisy._replace(targets=targets)
         result = backward(model, loss, weighted, one, world, offloading)

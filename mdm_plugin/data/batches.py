@@ -19,6 +19,9 @@ class Batch(NamedTuple):
     attend: [R, 1, L], bool, false at padding; None where nothing is padding.
     u: [R, L], fp64, noise of U(0, 1) for the masks.
     places: [R], long, in 0..global batch − 1.
+    first_block: [R], long, the number of each row's first block with something to predict among
+        all of those of the global batch (``GlobalBatches.blocks``); None where all blocks of a row
+        have its t, and in models without blocks.
     """
 
     tokens: Tensor
@@ -26,6 +29,7 @@ class Batch(NamedTuple):
     attend: Tensor | None
     u: Tensor
     places: Tensor
+    first_block: Tensor | None = None
 
 
 class Split(NamedTuple):
@@ -130,6 +134,24 @@ class GlobalBatches:
             self._order = epoch, rows.flatten()
         return self._order[1][within * self.size : (within + 1) * self.size]
 
+    def blocks(self, step: int, size: int) -> Tensor:
+        """How many blocks of ``size`` tokens with something to predict each row of the global batch
+        of ``step`` has, by place. [global batch], long."""
+        indices = self._indices(step)
+        longest = int(self.rows.lengths_of(indices).max())
+        length = longest if self.padding.eos_id is None else self._length(longest)
+        _, eligible, real = self.rows.padded(indices, length, self.padding.pad_id)
+        if self.padding.eos_id is not None:
+            eligible |= ~real
+        whole = torch.nn.functional.pad(eligible, (0, -length % size))
+        return whole.unflatten(1, (-1, size)).any(2).sum(1)
+
+    def _length(self, longest: int) -> int:
+        """What rows up to so long are padded to."""
+        multiple, max_len = self.padding.multiple, self.padding.max_len
+        length = -(-longest // multiple) * multiple
+        return length if max_len is None else min(length, max(max_len, longest))
+
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``, in the order of accumulation."""
         indices = self._indices(step)
@@ -161,11 +183,10 @@ class GlobalBatches:
         indices [R], places [R]. longest: the longest row of all that make up one gradient; EOS
         padding goes as far.
         """
-        pad, eos, multiple, max_len = self.padding
+        pad, eos = self.padding.pad_id, self.padding.eos_id
         if eos is None:
             longest = int(self.rows.lengths_of(indices).max())
-        length = -(-longest // multiple) * multiple
-        length = length if max_len is None else min(length, max(max_len, longest))
+        length = self._length(longest)
         tokens, eligible, real = self.rows.padded(indices, length, pad if eos is None else eos)
         u = keyed_uniform(self.seed, *key, places=places, length=length)
         if eos is not None:

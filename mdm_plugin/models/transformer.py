@@ -20,6 +20,7 @@ from torchtune.modules import (
 )
 
 from mdm_plugin.loss import LinearHead
+from mdm_plugin.models.blocks import BlockAttention
 from mdm_plugin.torchtune_internals import wrap_attention_call
 
 # torchtune's rotary embeddings of text models: Llama's and others', Llama 3.1's, Qwen's and Phi's.
@@ -57,7 +58,8 @@ class HalvesRotary(nn.Module):
 
 
 def segmented(call: Callable[..., Tensor], causal: bool) -> Callable[..., Tensor]:
-    """torchtune's attention ``call``, for rows in one sequence too: a mask [S] of their lengths.
+    """torchtune's attention ``call``, for rows in one sequence too: a mask [S] of their lengths;
+    and for rows in blocks (``BlockAttention``).
 
     Each row then attends to itself alone, by one call for each: the work is that of the rows, not
     of the square of the sequence. On CUDA a ``BlockMask`` does that (``row_mask``), by torchtune's
@@ -73,11 +75,19 @@ def segmented(call: Callable[..., Tensor], causal: bool) -> Callable[..., Tensor
         ]
         return torch.cat(found, 2)
 
+    @torch.compiler.disable
+    def in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockAttention, dropout: float) -> Tensor:
+        return mask(q, k, v, dropout)
+
     def attention(
         q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float, is_causal: bool
     ) -> Tensor:
         if isinstance(mask, Tensor) and mask.dtype == torch.long:
             return attend(q, k, v, mask, dropout_p)
+        if isinstance(mask, BlockAttention):
+            if mask.block_mask is None:
+                return in_blocks(q, k, v, mask, dropout_p)
+            mask = mask.block_mask
         return call(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
 
     return attention
@@ -133,10 +143,13 @@ class MDMTransformer(TransformerDecoder):
             Dream do; a row's first token from its own position, as in Dream's released code.
         new_tokens: rows that the embeddings and the head have more than the checkpoint that they
             are filled from.
+        block_length: S of block diffusion (``BlockAttention``): text is written block by block, and
+            a block does not see later ones. None for a model without blocks.
     """
 
     shift: bool = False
     new_tokens: int = 0
+    block_length: int | None = None
 
     def forward(
         self,
@@ -152,7 +165,8 @@ class MDMTransformer(TransformerDecoder):
         Args:
             tokens: [B, L], long.
             mask: which positions may be attended to, bool, [B, L, L] or [B, 1, L]; None for all;
-                or, with B = 1, what ``row_mask`` gives for the rows that the sequence is made of.
+                or, with B = 1, what ``row_mask`` gives for the rows that the sequence is made of;
+                or the ``BlockAttention`` of rows in blocks.
             input_pos: [B, L], positions for rotary embeddings; None for 0..L−1.
             positions: [M], of the flattened [B · L], which are to be predicted: ``head`` gets the
                 hidden states that the model predicts them from. None for all hidden states, each
@@ -173,7 +187,10 @@ class MDMTransformer(TransformerDecoder):
             length = tokens.shape[1]
             mask = mask & mask.new_ones(length, length).tril()
         if positions is not None and self.shift:
-            positions = positions - self._has_one_before(positions, tokens.shape[1], input_pos)
+            if isinstance(mask, BlockAttention):
+                positions = mask.before(positions)
+            else:
+                positions = positions - self._has_one_before(positions, tokens.shape[1], input_pos)
         h = self.tok_embeddings(tokens)
         *before, last = self.layers
         for layer in before:

@@ -18,8 +18,9 @@ from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer
 from mdm_plugin.titan.loss import MaskedLoss
+from mdm_plugin.training.corruption import corrupted_step
 from mdm_plugin.training.estimators import as_estimator, as_objective, check_estimator, derived
-from mdm_plugin.training.step import corrupted_step, global_normalizer
+from mdm_plugin.training.step import global_normalizer
 
 
 def component(spec: str, key: str, *positional: Any, **more: Any) -> Any:

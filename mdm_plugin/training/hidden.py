@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from mdm_plugin.training.step import Corrupted
+    from mdm_plugin.training.corruption import Corrupted
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.models import MDMTransformer
-from mdm_plugin.training.step import Corrupted, corrupt, forward_loss
+from mdm_plugin.training.corruption import Corrupted, corrupt
+from mdm_plugin.training.step import forward_loss
 
 # Bytes of state per parameter of optimizers that do not run on fake tensors.
 _STATE_BYTES = {"AdamW8bit": 2.03, "Adam8bit": 2.03, "AdamW4bit": 1.06, "Adam4bit": 1.06}

@@ -19,8 +19,9 @@ from mdm_plugin.config.secrets import redacted
 from mdm_plugin.contract import Estimator, Objective
 from mdm_plugin.distributed.world import World
 from mdm_plugin.torchtune_internals import summary_writer
+from mdm_plugin.training.corruption import to_device
 from mdm_plugin.training.probe import plot_fit, write_fit
-from mdm_plugin.training.step import Result, to_device
+from mdm_plugin.training.step import Result
 
 T_BINS = 10
 

@@ -18,14 +18,8 @@ from mdm_plugin.distributed.gradients import total_norm
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.noise import keyed_generator
-from mdm_plugin.training.step import (
-    NO_OFFLOADING,
-    backward,
-    corrupt,
-    forward_loss,
-    row_losses,
-    wants_norms,
-)
+from mdm_plugin.training.corruption import corrupt
+from mdm_plugin.training.step import NO_OFFLOADING, backward, forward_loss, row_losses, wants_norms
 
 
 def probe_due(estimator: Estimator, step: int) -> ProbePlan | None:

@@ -11,8 +11,9 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, FixedCount, Mirror, masking_rate
 from mdm_plugin.objectives import ELBO
 from mdm_plugin.timesteps import Uniform
+from mdm_plugin.training.corruption import corrupt
 from mdm_plugin.training.metrics import StepMetrics, first_line
-from mdm_plugin.training.step import Result, corrupt, row_losses
+from mdm_plugin.training.step import Result, row_losses
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

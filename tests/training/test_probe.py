@@ -11,9 +11,10 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Bernoulli, Complement
 from mdm_plugin.objectives import Window
 from mdm_plugin.timesteps import ParetoOptimal
+from mdm_plugin.training.corruption import corrupt
 from mdm_plugin.training.ema import EMA
 from mdm_plugin.training.probe import fit, probe, probe_due
-from mdm_plugin.training.step import backward, corrupt
+from mdm_plugin.training.step import backward
 from tests.toy import ELBO
 
 ALONE = World(0, 1, torch.device("cpu"), None)

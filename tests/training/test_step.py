@@ -9,7 +9,8 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import FixedCount, Mirror, NextToken
 from mdm_plugin.models import llada
 from mdm_plugin.timesteps import Uniform
-from mdm_plugin.training.step import backward, corrupt, global_normalizer, pack
+from mdm_plugin.training.corruption import corrupt, pack
+from mdm_plugin.training.step import backward, global_normalizer
 from tests.toy import ELBO
 
 MASK = 1

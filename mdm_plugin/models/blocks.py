@@ -1,0 +1,175 @@
+"""Block diffusion: rows as [masked views | clean copy], and who attends to whom in them.
+
+A row is cut into blocks of S tokens from its beginning. A masked view's token sees its own block of
+that view, and the clean tokens of all earlier blocks; a clean token sees clean tokens up to its own
+block (BD3-LM, arXiv 2503.09573). No clean token sees a masked one, so that V views share one clean
+copy: (V + 1)·L tokens, where a copy for each are 2·V·L.
+
+What nobody looks at is left out: of the views, the blocks before the first one that is predicted;
+of the clean copy, the last block. With one block, nothing is left of the copy, and the row is that
+of a model without blocks.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+# Queries of one call of attention on the CPU: so many that a call is worth it, and so few that the
+# keys which none of them sees are few.
+QUERIES = 128
+
+
+class BlockAttention:
+    """The layout of R rows of L tokens in blocks, V views of each, and their attention.
+
+    A row's W = V·(L − first) + (L − S) tokens are those of its views, from ``first`` on, and then
+    the clean ones, without the last block.
+
+    Args:
+        block: S, tokens of a block.
+        length: L, a multiple of S.
+        first: columns of a row that come before its views begin, a multiple of S.
+        views: V.
+        real: [R, L], bool, what is no padding; None for all.
+
+    Raises:
+        ValueError: if a length is no multiple of S.
+    """
+
+    def __init__(
+        self, block: int, length: int, first: int = 0, views: int = 1, real: Tensor | None = None
+    ) -> None:
+        if length % block or first % block or not 0 <= first < length:
+            raise ValueError(f"length {length} and first {first} are to be multiples of {block}")
+        self.block, self.length, self.first, self.views, self.real = (
+            block,
+            length,
+            first,
+            views,
+            real,
+        )
+        self.noisy, self.clean = length - first, length - block
+        self.width = views * self.noisy + self.clean
+        self.block_mask: Any = None
+        self._calls: dict[tuple[int, bool], tuple[slice, slice, Tensor | None]] = {}
+
+    def lay_out(self, views: Tensor, clean: Tensor) -> Tensor:
+        """[R, W] of views [V, R, L] and clean tokens [R, L], of tokens or of anything else."""
+        shown = views[:, :, self.first :].transpose(0, 1).flatten(1)
+        return torch.cat((shown, clean[:, : self.clean]), 1)
+
+    def columns(self) -> Tensor:
+        """The column in the row, 0..L − 1, of each of its W tokens. [W], long."""
+        shown = torch.arange(self.first, self.length).repeat(self.views)
+        return torch.cat((shown, torch.arange(self.clean)))
+
+    def positions(self, view: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Where a view's token of a row is in the flattened [R · W]. [M] each."""
+        return row * self.width + view * self.noisy + column - self.first
+
+    def column_of(self, positions: Tensor) -> Tensor:
+        """The column of a view's token in the flattened [R · W]. [M] → [M]."""
+        return positions % self.width % self.noisy + self.first
+
+    def before(self, positions: Tensor) -> Tensor:
+        """The token that a shifted model predicts a view's token from: the one before it.
+
+        Of its own view within a block. A block's first token is predicted from the clean copy, as
+        it is when text is written: so blocks of one token are an autoregressive model. [M] → [M].
+        """
+        column = self.column_of(positions)
+        row = positions // self.width
+        clean = row * self.width + self.views * self.noisy + column - 1
+        one_before = torch.where(column % self.block == 0, clean, positions - 1)
+        return torch.where(column == 0, positions, one_before)
+
+    def allowed(self) -> Tensor:
+        """Who attends to whom, [R, W, W] or [1, W, W], bool: the definition."""
+        column = self.columns()
+        block = column // self.block
+        view = torch.arange(self.views + 1).repeat_interleave(
+            torch.tensor([self.noisy] * self.views + [self.clean])
+        )
+        own = (view[:, None] == view) & (block[:, None] == block)
+        earlier = (view == self.views) & (block[:, None] > block)
+        allowed = (own | earlier)[None]
+        return allowed if self.real is None else allowed & self.real[:, None, column]
+
+    def to(self, device: torch.device) -> "BlockAttention":
+        """For a model on ``device``: on CUDA with flex attention's ``BlockMask``."""
+        if device.type == "cuda" and self.block_mask is None:
+            self.block_mask = self.flex(device)
+        return self
+
+    def flex(self, device: torch.device) -> Any:
+        """``allowed`` as flex attention's ``BlockMask``, computed without [W, W]."""
+        column = self.columns().to(device)
+        block = column // self.block
+        first_clean, size, rows = self.views * self.noisy, self.noisy, 1
+        real = None if self.real is None else self.real[:, self.columns()].to(device)
+        if real is not None:
+            rows = len(real)
+
+        def rule(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            is_clean = key >= first_clean
+            same = (query // size == key // size) & ~is_clean & (query < first_clean)
+            same = same | (is_clean & (query >= first_clean))
+            allowed = (same & (block[query] == block[key])) | (
+                is_clean & (block[query] > block[key])
+            )
+            return allowed if real is None else allowed & real[b, key]
+
+        width = self.width
+        return create_block_mask(
+            rule, rows, None, width, width, device=str(device), _compile=device.type == "cuda"
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """Attention of q, k and v [R, heads, W, d], by calls over some blocks each."""
+        sizes = [self.noisy] * self.views + [self.clean]
+        *noisy_q, clean_q = q.split(sizes, 2)
+        *noisy_k, clean_k = k.split(sizes, 2)
+        *noisy_v, clean_v = v.split(sizes, 2)
+        found = []
+        for own_q, own_k, own_v in zip(noisy_q, noisy_k, noisy_v, strict=True):
+            for start in range(0, self.noisy, self._step()):
+                own, before, mask = self._call(start, clean=False)
+                keys = torch.cat((own_k[:, :, own], clean_k[:, :, before]), 2)
+                values = torch.cat((own_v[:, :, own], clean_v[:, :, before]), 2)
+                found.append(_attend(own_q[:, :, own], keys, values, mask, dropout))
+        for start in range(0, self.clean, self._step()):
+            own, before, mask = self._call(start, clean=True)
+            keys, values = clean_k[:, :, : own.stop], clean_v[:, :, : own.stop]
+            found.append(_attend(clean_q[:, :, own], keys, values, mask, dropout))
+        return torch.cat(found, 2)
+
+    def _step(self) -> int:
+        return self.block * max(1, QUERIES // self.block)
+
+    def _call(self, start: int, clean: bool) -> tuple[slice, slice, Tensor | None]:
+        """The queries of a call, the clean keys of earlier blocks for it, and its mask."""
+        if (start, clean) not in self._calls:
+            offset, end = (0, self.clean) if clean else (self.first, self.noisy)
+            own = slice(start, min(start + self._step(), end))
+            first, last = own.start + offset, own.stop + offset  # as columns
+            before = slice(0, 0 if clean else last - self.block)
+            query = torch.arange(first, last)[:, None] // self.block
+            if clean:
+                keys = torch.arange(last)
+                mask = query >= keys // self.block
+            else:
+                keys = torch.cat((torch.arange(first, last), torch.arange(before.stop)))
+                is_own = torch.arange(len(keys)) < last - first
+                block = keys // self.block
+                mask = (is_own & (query == block)) | (~is_own & (query > block))
+            if self.real is not None:
+                mask = mask & self.real[:, None, None, keys]
+            self._calls[start, clean] = own, before, None if mask.all() else mask
+        return self._calls[start, clean]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
