@@ -34,6 +34,7 @@ from mdm_plugin.evaluation.validation import read_questions, validate
 from mdm_plugin.noise import seed_torch
 from mdm_plugin.training import EMA, checks, metrics
 from mdm_plugin.training.batches import global_batches, read_datasets
+from mdm_plugin.training.blocks import read_blocks
 from mdm_plugin.training.corruption import corrupted_step, pack
 from mdm_plugin.training.estimators import check_throughout, read_estimator, read_objective
 from mdm_plugin.training.guard import Guard
@@ -121,6 +122,8 @@ class MDMFinetune:
         checks.check_checkpoint(self.checkpointer.weights, self.model, self.tokenizer)
         checks.check_data(self.model, self.tokenizer, self.rows, self.rows_val)
         check_throughout(self.estimator, self.objective, self.model)
+        self.blocks = read_blocks(cfg, self.model, self.estimator, self.batches)
+        self.estimator = self.estimator._replace(blocks=self.blocks(0.0))
         self.offloading = training.get_act_offloading_ctx_manager(
             self.model, cfg.enable_activation_offloading
         )
@@ -201,8 +204,9 @@ class MDMFinetune:
         bar = metrics.progress_bar(world, total=self.total_steps, initial=self.first_step)
         with self.profiler, bar, Stop(world) as stop:
             for step in range(self.first_step, self.total_steps):
-                w = self.objective(step / max(1, self.total_steps - 1))
-                self.estimator = self.estimator._replace(w=w)
+                progress = step / max(1, self.total_steps - 1)
+                w, blocks = self.objective(progress), self.blocks(progress)
+                self.estimator = self.estimator._replace(w=w, blocks=blocks)
                 if step and (plan := probe_due(self.estimator, step)):
                     self.fit_timesteps(plan, step)
                 self.train_step(step)

@@ -42,7 +42,7 @@ from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
 from mdm_plugin.training.checks import check_data
-from mdm_plugin.training.corruption import corrupt
+from mdm_plugin.training.corruption import corrupt, first_blocks
 from mdm_plugin.training.estimators import (
     as_estimator,
     check_estimator,
@@ -202,8 +202,10 @@ class MDMVariance:
         longest = int(self.batches.rows.lengths_of(indices).max())
         batch = self.batches.collate(indices[places], places, ("variance", *masks), longest)
         estimator, model = candidate.estimator, candidate.model
-        times = estimator.timesteps(size, keyed_generator(seed, "t", *t), estimator.w)
-        noisy = corrupt(batch, times, estimator)
+        first = first_blocks(self.batches, indices, estimator.blocks)
+        count = size if first is None else int(first[-1])
+        times = estimator.timesteps(count, keyed_generator(seed, "t", *t), estimator.w)
+        noisy = corrupt(batch.numbered(first), times, estimator)
         normalizer = global_normalizer([noisy], self.world)
         norms = wants_norms(estimator.timesteps)
         result = backward(model, estimator.loss, noisy, normalizer, self.world, norms=norms)

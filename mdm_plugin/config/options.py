@@ -49,6 +49,8 @@ class Options:
     train_eos_padding: bool = True  # LLaDA: EOS fills the batch and is learnt; else it is ignored
     pad_to_multiple_of: int = 1  # lengths are rounded up to it
     batch_layout: str = "padded"  # grouped: by length; packed: rows in one sequence, no padding
+    blocks_share_t: bool = False  # block diffusion: a row's blocks have one t; else each its own
+    block_schedule: Any = None  # [[0.0, 4], [0.5, 32]]: other block lengths during training
     clip_grad_norm: float | None = None  # longest gradient that is taken whole; None: any
 
     # Memory and speed

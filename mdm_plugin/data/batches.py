@@ -20,8 +20,8 @@ class Batch(NamedTuple):
     u: [R, L], fp64, noise of U(0, 1) for the masks.
     places: [R], long, in 0..global batch − 1.
     first_block: [R], long, the number of each row's first block with something to predict among
-        all of those of the global batch (``GlobalBatches.blocks``); None where all blocks of a row
-        have its t, and in models without blocks.
+        all of those of the global batch (``training.corruption.first_blocks``); None where all
+        blocks of a row have its t, and in models without blocks.
     """
 
     tokens: Tensor
@@ -30,6 +30,10 @@ class Batch(NamedTuple):
     u: Tensor
     places: Tensor
     first_block: Tensor | None = None
+
+    def numbered(self, first: Tensor | None) -> "Batch":
+        """With ``first_block``, from the numbers of all rows of the global batch by place."""
+        return self if first is None else self._replace(first_block=first[self.places])
 
 
 class Split(NamedTuple):
@@ -120,9 +124,10 @@ class GlobalBatches:
     def row_indices(self, step: int) -> Tensor:
         """Rows of the global batch of ``step`` (0, 1, … over all epochs) by place, as numbered in
         the data set that was read. [size], long."""
-        return self.rows.numbers_of(self._indices(step))
+        return self.rows.numbers_of(self.indices(step))
 
-    def _indices(self, step: int) -> Tensor:
+    def indices(self, step: int) -> Tensor:
+        """Rows of the global batch of ``step`` by place. [size], long."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             each = self.rows.facts.together
@@ -134,10 +139,9 @@ class GlobalBatches:
             self._order = epoch, rows.flatten()
         return self._order[1][within * self.size : (within + 1) * self.size]
 
-    def blocks(self, step: int, size: int) -> Tensor:
-        """How many blocks of ``size`` tokens with something to predict each row of the global batch
-        of ``step`` has, by place. [global batch], long."""
-        indices = self._indices(step)
+    def blocks_of(self, indices: Tensor, size: int) -> Tensor:
+        """How many blocks of ``size`` tokens with something to predict the rows of a global batch
+        have. indices [n] → [n], long."""
         longest = int(self.rows.lengths_of(indices).max())
         length = longest if self.padding.eos_id is None else self._length(longest)
         _, eligible, real = self.rows.padded(indices, length, self.padding.pad_id)
@@ -154,7 +158,7 @@ class GlobalBatches:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``, in the order of accumulation."""
-        indices = self._indices(step)
+        indices = self.indices(step)
         lengths = self.rows.lengths_of(indices)
         longest = int(lengths.max())
         batches = []

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.distributed.world import World
+from mdm_plugin.evaluation.block_bounds import BlockDraws, block_bounds, draw_blocks
+from mdm_plugin.evaluation.counts import controlled, even_counts
 from mdm_plugin.generation import SpecialTokens
-from mdm_plugin.loss import MDMLoss
+from mdm_plugin.loss import MDMLoss, Targets
 from mdm_plugin.masking import random_order
+from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator, keyed_uniform
 
 _Z = 1.959964  # of a 95 % interval
-# Of the control variate: how alike masks must be in their share of positions to tell of each other,
-# and the weight of a token that is as hard as all others. Any values are unbiased.
-_WIDTH, _PRIOR = 0.3, 0.2
 
 
 class NELBO(NamedTuple):
@@ -124,7 +124,7 @@ class BoundEstimator:
     ) -> Bound:
         """The bounds of the rows at ``indices`` [R].
 
-        model: an ``MDMTransformer``, in eval mode; under FSDP2, called alike on every rank.
+        model: in eval mode; under FSDP2, called alike on every rank.
         places: [R], ≥ 0, below 2^40, of each row's noise; None for ``indices``. Rows of one place
             share it: number j of a draw is that of the j-th response token, and the shares of
             tokens masked are the same. Each bound is as good as by noise of its own, and the
@@ -132,6 +132,7 @@ class BoundEstimator:
         """
         places = indices if places is None else places
         ranks, rank = self.world.size, self.world.rank
+        blocks = model.block_length if isinstance(model, MDMTransformer) else None
         found = torch.zeros(2, len(indices), dtype=torch.float64)
         size = max(1, min(self.batch_size // self._masks(rows, indices), -(-len(indices) // ranks)))
         for step in range(-(-len(indices) // (size * ranks))):
@@ -140,6 +141,14 @@ class BoundEstimator:
             count = len(own)
             if ranks > 1:  # short shares repeat the first row, unused
                 own = torch.cat((own, torch.zeros(size - count, dtype=torch.long)))
+            if blocks:
+                padded = rows.padded(
+                    indices[own], int(rows.lengths_of(indices[own]).max()), self.special.pad_id
+                )
+                each = draw_blocks(padded, places[own], blocks, self.draws, self.seed)
+                values = block_bounds(each, partial(self._forward_blocks, model))
+                found[:, start : start + count] = torch.stack(values)[:, :count]
+                continue
             drawn = self._draw(rows, indices[own], places[own])
             ce = self._forward(model, drawn)
             for j, n in enumerate(drawn.eligible.sum(1).tolist()[:count]):
@@ -206,6 +215,29 @@ class BoundEstimator:
             ce[part] = block
         return ce
 
+    def _forward_blocks(self, model: nn.Module, drawn: BlockDraws) -> Tensor:
+        """CE of each masked token, else 0, of rows in blocks. [K, R, L], fp64."""
+        loss, device, mask = MDMLoss("response", self.chunk_size), self.world.device, drawn.mask
+        attend = drawn.attention()
+        view, row, column = mask.nonzero(as_tuple=True)
+        targets = Targets(
+            attend.positions(view, row, column),
+            drawn.tokens[row, column],
+            row,
+            torch.ones(len(row)),
+        ).to(device)
+        noisy = torch.where(mask, self.special.mask_id, drawn.tokens)
+        _, values = model(
+            attend.lay_out(noisy, drawn.tokens).to(device),
+            mask=attend.to(device),
+            input_pos=attend.columns().expand(len(noisy[0]), -1).to(device),
+            positions=targets.positions,
+            head=partial(loss, targets=targets),
+        )
+        ce = torch.zeros(mask.shape, dtype=torch.float64)
+        ce[mask] = values.double().cpu()
+        return ce
+
     def nelbo(self, model: nn.Module, rows: Rows) -> NELBO:
         """The bound of all rows together; the model is in eval mode meanwhile."""
         was_training = model.training
@@ -214,52 +246,6 @@ class BoundEstimator:
         values = self.bounds(model, rows, every)
         model.train(was_training)
         return summary(values, rows.eligible_of(every))
-
-
-def even_counts(n: int, draws: int, offset: float) -> Tensor:
-    """How many of ``n`` positions each draw masks: as even as can be over 1..n, ascending. [draws].
-
-    With no more draws than n, a systematic sample that begins at ``offset`` in [0, 1): each count
-    has the probability draws / n. With more, every count is there, the lightest, whose losses vary
-    most, once more than the others.
-    """
-    if draws < n:
-        return ((offset + torch.arange(draws, dtype=torch.float64)) * n / draws).long() + 1
-    times = torch.full((n,), draws // n)
-    times[: draws % n] += 1
-    return torch.arange(1, n + 1).repeat_interleave(times)
-
-
-def controlled(ce: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The bound of a row from K masks, and the variance of that; scalars, fp64.
-
-    Most of how f(S) varies is which tokens S holds: some are hard under every mask. So each mask
-    S_k has a control variate: what the *other* masks say of every token, h_i, a mean of CE_i over
-    those of about as many positions. z_k = (1/N)·Σ_i h_i + (1/l)·Σ_{i∈S_k} (CE_i − h_i) has the
-    mean of f(S_k), because h does not depend on S_k and each position is in S_k with probability
-    l/N.
-
-    The variance is estimated from the differences of masks of neighbouring counts, which overstates
-    it by what the counts' means differ.
-
-    Args:
-        ce: [K, N], CE_i under mask k, 0 where not masked.
-        mask: [K, N], bool, S_k.
-        count: [K], l of each, as of ``even_counts``.
-    """
-    draws, n = mask.shape
-    times = torch.bincount(count, minlength=n + 1)[count] if draws >= n else draws / n
-    weight = 1 / (times * torch.ones(draws, dtype=torch.float64))
-    if draws == 1:
-        return (weight * ce.sum(1) / count).sum(), torch.tensor(math.nan, dtype=torch.float64)
-    member, share = mask.double(), count.double() / n
-    near = torch.exp(-(((share[:, None] - share) / _WIDTH) ** 2) / 2).fill_diagonal_(0)
-    total, seen = near @ ce, near @ member
-    typical = total.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
-    foreseen = (total + _PRIOR * typical) / (seen + _PRIOR)
-    z = foreseen.mean(1) + (ce - foreseen * member).sum(1) / count
-    squares = (weight[1:] * weight[:-1] * z.diff().square()).sum() / 2
-    return (weight * z).sum(), squares * draws / (draws - 1)
 
 
 def summary(bound: Bound, tokens: Tensor) -> NELBO:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from mdm_plugin.generation.writing import Step
+from mdm_plugin.generation.steps import Step
 from mdm_plugin.models import ChatTokenizer
 
 PAGE = Path(__file__).with_name("replay.html")

@@ -10,7 +10,11 @@ from mdm_plugin.torchtune_internals import component_from_path
 
 
 def from_autoregressive(
-    builder: str, new_tokens: int = 0, shift: bool = False, **arguments: Any
+    builder: str,
+    new_tokens: int = 0,
+    shift: bool = False,
+    block_length: int | None = None,
+    **arguments: Any,
 ) -> MDMTransformer:
     """A torchtune Llama or Qwen model with full attention, to go on from its weights.
 
@@ -23,6 +27,7 @@ def from_autoregressive(
         new_tokens: rows to add to the embeddings and to the head, where the vocabulary has no
             unused id for the mask token. They begin as the mean of the others.
         shift: True keeps that use of them; False has the model learn to predict in place.
+        block_length: as in ``bidirectional``: full attention within blocks, and to earlier ones.
         arguments: the builder's own.
 
     Raises:
@@ -44,6 +49,6 @@ def from_autoregressive(
             decoder.output = nn.Linear(old.embedding_dim, size, bias=False)
         else:
             raise ValueError("new_tokens: a head with an adapter cannot grow")
-    model = bidirectional(decoder, shift=shift)
+    model = bidirectional(decoder, shift=shift, block_length=block_length)
     model.new_tokens = new_tokens
     return model

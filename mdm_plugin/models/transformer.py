@@ -216,14 +216,22 @@ class MDMTransformer(TransformerDecoder):
 
 
 def bidirectional(
-    decoder: TransformerDecoder, causal: bool = False, shift: bool = False
+    decoder: TransformerDecoder,
+    causal: bool = False,
+    shift: bool = False,
+    block_length: int | None = None,
 ) -> MDMTransformer:
     """Any torchtune decoder made an ``MDMTransformer``, with the same layers and parameters.
 
     Its parameters are laid out as in Hugging Face checkpoints (``HalvesRotary``). ``causal`` keeps
     each position from attending to later ones: an autoregressive model, whose predictions are
-    shifted too. ``shift`` as in ``MDMTransformer``.
+    shifted too. ``shift`` and ``block_length`` as in ``MDMTransformer``.
+
+    Raises:
+        ValueError: if ``block_length`` is below 1, or given with ``causal``.
     """
+    if block_length is not None and (block_length < 1 or causal):
+        raise ValueError(f"block_length is {block_length}: use 1 or more, and not with causal")
     last = decoder.layers[-1]
     decoder.layers[-1] = LastLayer(
         last.attn,
@@ -250,6 +258,7 @@ def bidirectional(
         output=decoder.output,
     )
     model.shift = shift or causal
+    model.block_length = block_length
     return model
 
 

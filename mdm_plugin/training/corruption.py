@@ -58,6 +58,12 @@ class Corrupted(NamedTuple):
         """V."""
         return len(self.row_scale) // len(self.t)
 
+    def row_means(self, losses: Tensor) -> Tensor:
+        """Losses l of the micro-batch's rows, from those of their blocks. [R] → [rows]."""
+        if not isinstance(self.attend, BlockAttention):
+            return losses
+        return self.of_rows(losses.cpu() * self.n) / self.of_rows(self.n)
+
     def of_rows(self, values: Tensor) -> Tensor:
         """Sums over what is of one row, by row of the micro-batch: values [R], CPU → [rows]."""
         return values.new_zeros(int(self.row[-1]) + 1).index_add_(0, self.row, values)
@@ -276,23 +282,22 @@ def check_views(views: object, estimator: Estimator, batch: Batch) -> None:
         raise UserError(f"{name} masks what is not eligible: end with `mask & eligible`")
 
 
-def step_times(batches: GlobalBatches, step: int, estimator: Estimator) -> Times:
-    """The t of a step's global batch: a function of (seed, step) alone."""
-    generator, blocks = keyed_generator(batches.seed, "t", step), estimator.blocks
-    count = batches.size
-    if blocks and not blocks.one_t:
-        count = int(batches.blocks(step, blocks.length).sum())
-    times = estimator.timesteps(count, generator, estimator.w)
-    check_times(times, estimator, count)
-    return times
-
-
 def corrupted_step(batches: GlobalBatches, step: int, estimator: Estimator) -> list[Corrupted]:
-    """This rank's micro-batches of a step with their masks drawn: functions of (seed, step, place)
-    alone."""
-    times, micro_batches = step_times(batches, step, estimator), batches.micro_batches(step)
-    if estimator.blocks and not estimator.blocks.one_t:
-        ends = batches.blocks(step, estimator.blocks.length).cumsum(0)
-        first = torch.cat((torch.zeros(1, dtype=torch.long), ends))
-        micro_batches = [x._replace(first_block=first[x.places]) for x in micro_batches]
-    return [corrupt(batch, times, estimator) for batch in micro_batches]
+    """This rank's micro-batches of a step with their t and masks drawn: functions of (seed, step,
+    place) alone."""
+    first = first_blocks(batches, batches.indices(step), estimator.blocks)
+    count = batches.size if first is None else int(first[-1])
+    times = estimator.timesteps(count, keyed_generator(batches.seed, "t", step), estimator.w)
+    check_times(times, estimator, count)
+    own = [batch.numbered(first) for batch in batches.micro_batches(step)]
+    return [corrupt(batch, times, estimator) for batch in own]
+
+
+def first_blocks(batches: GlobalBatches, indices: Tensor, blocks: Blocks | None) -> Tensor | None:
+    """The number of each row's first block with something to predict among those of a global batch
+    of the rows at ``indices`` [n], and last how many there are: [n + 1], long. None where rows have
+    one t each."""
+    if blocks is None or blocks.one_t:
+        return None
+    ends = batches.blocks_of(indices, blocks.length).cumsum(0)
+    return torch.cat((ends.new_zeros(1), ends))

@@ -80,6 +80,7 @@ def probe(
                 here = noisy.to(world.device)
                 with torch.no_grad():
                     row = row_losses(here, forward_loss(model, estimator.loss, here)[1])
+            row = noisy.row_means(row).to(world.device)
             losses[j, places.to(world.device), m] += row * real.to(world.device)
         if by_gradient:
             second[j] += norm(model).double().cpu() ** 2 / (rows * masks)
