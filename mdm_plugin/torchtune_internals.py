@@ -7,8 +7,8 @@ code to its public names. If torchtune must go, this is what replaces each:
   by name): thirty lines of argparse, and ``torch.distributed.run`` for the launch.
 - ``component_from_path`` and ``InstantiationError`` (a dotted path's object): ``importlib`` and
   ``getattr``; torchtitan's loader here does that already.
-- ``wrap_attention_call`` (what a layer calls with q, k, v): an attention module of our own, of
-  which ``models/transformer.py`` has the rotary part and the masks.
+- ``attention_call``, ``wrap_attention_call`` (what a layer calls with q, k, v): an attention module
+  of our own, of which ``models/transformer.py`` has the rotary part and the masks.
 - ``summary_writer`` (TensorBoard's, behind torchtune's logger): ``SummaryWriter`` itself.
 """
 
@@ -28,6 +28,7 @@ __all__ = [
     "Config",
     "InstantiationError",
     "Recipe",
+    "attention_call",
     "command_line",
     "component_from_path",
     "get_all_recipes",
@@ -48,6 +49,12 @@ def command_line(name: str) -> Any:
 def wrap_attention_call(attention: MultiHeadAttention, wrap: Callable[[Any], Any]) -> None:
     """Put ``wrap(call)`` in the place of what a layer calls with q, k and v."""
     attention._attention_call = wrap(attention._attention_call)
+
+
+def attention_call(attention: MultiHeadAttention) -> Callable[..., Any]:
+    """What a layer calls with q, k and v."""
+    call: Callable[..., Any] = attention._attention_call
+    return call
 
 
 def summary_writer(logger: TensorBoardLogger) -> "SummaryWriter | None":

@@ -38,6 +38,7 @@ def dream(
     attn_dropout: float = 0.0,
     norm_eps: float = 1e-6,
     rope_base: float = 1_000_000.0,
+    block_length: int | None = None,
 ) -> MDMTransformer:
     """A model of Dream's shape: grouped-query attention, biases on q, k and v, an untied head.
 
@@ -48,6 +49,7 @@ def dream(
         attn_dropout: dropout on attention weights.
         norm_eps: epsilon of the RMS norms.
         rope_base: base of the rotary embeddings.
+        block_length: as in ``bidirectional``: Fast-dLLM v2's models are of this shape with blocks.
 
     Raises:
         ValueError: if ``embed_dim`` is not ``num_heads`` even-sized heads, or ``num_heads``
@@ -68,6 +70,7 @@ def dream(
             rope_base=rope_base,
         ),
         shift=True,
+        block_length=block_length,
     )
 
 
@@ -76,6 +79,7 @@ def lora_dream(
     lora_attn_modules: list[str],
     norm_eps: float = 1e-6,
     rope_base: float = 1_000_000.0,
+    block_length: int | None = None,
     **arguments: Any,
 ) -> MDMTransformer:
     """``dream`` with low-rank adapters, which alone are trained; arguments as of ``lora_llada``.
@@ -87,7 +91,7 @@ def lora_dream(
     decoder = lora_qwen2(
         list(lora_attn_modules), norm_eps=norm_eps, rope_base=rope_base, **arguments
     )
-    return bidirectional(decoder, shift=True)
+    return bidirectional(decoder, shift=True, block_length=block_length)
 
 
 def dream_7b(max_seq_len: int = 2048) -> MDMTransformer:
@@ -104,3 +108,19 @@ def lora_dream_7b(
 
 qlora_dream_7b = partial(lora_dream_7b, quantize_base=True)
 """``lora_dream_7b`` on an NF4 base."""
+
+
+# Fast_dLLM_v2_7B's config.json: Qwen2.5-7B-Instruct, which writes blocks of 32 tokens.
+FAST_DLLM_7B: dict[str, Any] = {**DREAM_7B, "block_length": 32}
+
+
+def fast_dllm_7b(max_seq_len: int = 2048) -> MDMTransformer:
+    """Fast-dLLM v2 7B (arXiv 2509.26328): shifted as Dream is, in blocks of 32."""
+    return dream(**FAST_DLLM_7B, max_seq_len=max_seq_len)
+
+
+def lora_fast_dllm_7b(
+    lora_attn_modules: list[str], max_seq_len: int = 2048, **arguments: Any
+) -> MDMTransformer:
+    """``fast_dllm_7b`` with adapters; ``arguments`` are those of ``lora_dream``."""
+    return lora_dream(lora_attn_modules, **FAST_DLLM_7B, max_seq_len=max_seq_len, **arguments)

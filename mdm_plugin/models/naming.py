@@ -85,4 +85,6 @@ FAMILIES = {
     "llama": _LIKE_LLAMA,
     "qwen2": _LIKE_LLAMA,
     "qwen3": _LIKE_LLAMA,
+    "sdar": _LIKE_LLAMA,
+    "Fast_dLLM_Qwen": _LIKE_LLAMA,
 }
