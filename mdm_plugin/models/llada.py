@@ -35,6 +35,7 @@ def llada(
     norm_eps: float = 1e-5,
     rope_base: float = 500_000.0,
     causal: bool = False,
+    shift: bool = False,
     block_length: int | None = None,
 ) -> MDMTransformer:
     """A model of LLaDA's shape.
@@ -48,7 +49,7 @@ def llada(
         norm_eps: epsilon of the RMS norms.
         rope_base: base of the rotary embeddings.
         causal: an autoregressive model of the same shape, to compare with (``masking.NextToken``).
-        block_length: as in ``bidirectional``.
+        shift, block_length: as in ``bidirectional``.
 
     Raises:
         ValueError: if ``embed_dim`` is not ``num_heads`` even-sized heads, or ``num_heads``
@@ -69,6 +70,7 @@ def llada(
             rope_base=rope_base,
         ),
         causal,
+        shift,
         block_length=block_length,
     )
 

@@ -54,18 +54,22 @@ def prepare(directory: str) -> None:
     _train_once(directory, "quickstart_pretrain", "pretrained")
 
 
-def prepare_autoregressive(directory: str, beside: str) -> None:
+def prepare_autoregressive(directory: str, beside: str | None = None) -> None:
     """``prepare``, and an autoregressive model of the same shape, trained on the same rows.
 
     Args:
         directory: gets autoregressive/model.safetensors besides.
-        beside: the checkpoint that it is to be compared with, which must be there first.
+        beside: the checkpoint that it is to be compared with, which must be there first; None
+            where it is the start of another model.
 
     Raises:
         UserError: if ``beside`` is missing, or a training fails.
     """
-    prepare(directory)
-    if not Path(beside).expanduser().is_dir():
+    if beside is None:
+        prepare_data(directory)
+    else:
+        prepare(directory)
+    if beside is not None and not Path(beside).expanduser().is_dir():
         raise UserError(
             f"checkpointer.checkpoint_dir: {beside} does not exist: run "
             "`tune run mdm_full_finetune --config quickstart` first"
