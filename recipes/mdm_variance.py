@@ -30,7 +30,7 @@ from mdm_plugin.alignment.score_variance import PreferenceVariance
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import VarianceOptions
-from mdm_plugin.contract import Estimator
+from mdm_plugin.contract import Blocks, Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Split
 from mdm_plugin.distributed.gradients import folded_gradient
 from mdm_plugin.distributed.world import World, distributed
@@ -132,15 +132,21 @@ class MDMVariance:
         loss, model = instantiate(cfg, "loss"), self.load_model(cfg, "")
         check_data(model, self.tokenizer, self.batches.rows)
         w = read_objective(cfg)(cfg.progress)
+        self.batches.padding = self.batches.padding._replace(multiple=model.block_length or 1)
         self.candidates = []
         for name, parts in cfg.estimators.items():
             where = f"estimators.{name}."
             given = {key for key, x in parts.items() if x} if isinstance(parts, DictConfig) else {}
-            if given != {"timesteps", "masking"}:
+            one_t = "blocks_share_t" in given
+            if {*given, "blocks_share_t"} != {"timesteps", "masking", "blocks_share_t"}:
                 raise UserError(f"{where[:-1]}: give it timesteps and masking, both, and no more")
+            if one_t and not model.block_length:
+                raise UserError(f"{where}blocks_share_t: the model has no blocks: leave it out")
+            blocks = Blocks(model.block_length, one_t) if model.block_length else None
             timesteps = instantiate(parts, "timesteps", where=where)
             masking = instantiate(parts, "masking", where=where)
-            estimator = as_estimator(timesteps, masking, loss, mask_id, where)._replace(w=w)
+            estimator = as_estimator(timesteps, masking, loss, mask_id, where)
+            estimator = estimator._replace(w=w, blocks=blocks)
             check_estimator(estimator, is_causal(model), where)
             self.candidates.append(Candidate(name, estimator, model))
         if not self.candidates:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from mdm_plugin.generation.blocks import BlockRows, write_blocks
 from mdm_plugin.generation.decoding import Decoding
-from mdm_plugin.generation.masked import MaskedRows, SpecialTokens
+from mdm_plugin.generation.masked import MaskedRows, SpecialTokens, TokenIds
 from mdm_plugin.models import MDMTransformer
 
 
@@ -29,6 +30,8 @@ def is_greedy(
         texts: of each prompt, token ids, all as long as each other. EOS is a token like any other.
         special: the tokenizer, or ``TokenIds``.
     """
+    if model.block_length:
+        return _written_in_blocks(model, prompts, texts, special)
     rows = [
         torch.tensor([*prompt, *[special.mask_id] * len(of_prompt[0])])
         for prompt, of_prompt in zip(prompts, texts, strict=True)
@@ -47,3 +50,22 @@ def is_greedy(
             same[b] &= references[b][:, place - len(prompts[b])] == token
         left = [b for b in left if same[b].any() and (rows[b] == special.mask_id).any()]
     return [x.tolist() for x in same]
+
+
+def _written_in_blocks(
+    model: MDMTransformer,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[Sequence[int]]],
+    special: SpecialTokens,
+) -> list[list[bool]]:
+    """The same of a model that writes block by block: what it writes, beside the texts."""
+    endless = TokenIds(special.mask_id, special.pad_id)
+    found: list[list[bool]] = [[] for _ in prompts]
+    lengths = [len(of_prompt[0]) for of_prompt in texts]
+    for length in sorted(set(lengths)):
+        own = [i for i, n in enumerate(lengths) if n == length]
+        rows = BlockRows(model, [torch.tensor(prompts[i]) for i in own], length, endless)
+        written = write_blocks(rows, Decoding(cache="prefix"), range(len(own)), None).tokens
+        for i, tokens in zip(own, written.tolist(), strict=True):
+            found[i] = [list(text) == tokens for text in texts[i]]
+    return found

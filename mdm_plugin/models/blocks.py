@@ -10,6 +10,8 @@ of the clean copy, the last block. With one block, nothing is left of the copy, 
 of a model without blocks.
 """
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,16 +137,31 @@ class BlockAttention:
         *noisy_v, clean_v = v.split(sizes, 2)
         found = []
         for own_q, own_k, own_v in zip(noisy_q, noisy_k, noisy_v, strict=True):
-            for start in range(0, self.noisy, self._step()):
+            for start in self._starts(clean=False):
                 own, before, mask = self._call(start, clean=False)
                 keys = torch.cat((own_k[:, :, own], clean_k[:, :, before]), 2)
                 values = torch.cat((own_v[:, :, own], clean_v[:, :, before]), 2)
                 found.append(_attend(own_q[:, :, own], keys, values, mask, dropout))
-        for start in range(0, self.clean, self._step()):
+        for start in self._starts(clean=True):
             own, before, mask = self._call(start, clean=True)
             keys, values = clean_k[:, :, : own.stop], clean_v[:, :, : own.stop]
             found.append(_attend(clean_q[:, :, own], keys, values, mask, dropout))
         return torch.cat(found, 2)
+
+    def with_masks(self, change: Callable[[Tensor], Tensor]) -> "BlockAttention":
+        """The same with its masks as ``change`` gives them, e.g. as fake tensors."""
+        other = copy.copy(self)
+        calls = [(start, clean) for clean in (False, True) for start in self._starts(clean)]
+        found = {key: self._call(*key) for key in calls}
+        other._calls = {
+            key: (own, before, None if mask is None else change(mask))
+            for key, (own, before, mask) in found.items()
+        }
+        return other
+
+    def _starts(self, clean: bool) -> range:
+        """The first queries of the calls."""
+        return range(0, self.clean if clean else self.noisy, self._step())
 
     def _step(self) -> int:
         return self.block * max(1, QUERIES // self.block)

@@ -81,13 +81,15 @@ def lora_llada(
     num_kv_heads: int | None = None,
     norm_eps: float = 1e-5,
     rope_base: float = 500_000.0,
+    shift: bool = False,
+    block_length: int | None = None,
     **arguments: Any,
 ) -> MDMTransformer:
     """``llada`` with low-rank adapters, which alone are trained.
 
     Args:
         lora_attn_modules: of ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``.
-        num_kv_heads, norm_eps, rope_base: as in ``llada``.
+        num_kv_heads, norm_eps, rope_base, shift, block_length: as in ``llada``.
         arguments: ``llada``'s others, and torchtune's for adapters: ``apply_lora_to_mlp`` and
             ``apply_lora_to_output``; ``lora_rank``, ``lora_alpha`` and ``lora_dropout``: r, α (the
             adapter's factor is α/r) and dropout; ``use_dora``: a learnt magnitude per output;
@@ -108,7 +110,7 @@ def lora_llada(
     rotary = RotaryPositionalEmbeddings(embed_dim // num_heads, length, int(rope_base))
     for layer in decoder.layers:
         layer.attn.pos_embeddings = rotary
-    return bidirectional(decoder)
+    return bidirectional(decoder, shift=shift, block_length=block_length)
 
 
 def llada_8b(max_seq_len: int = 4096) -> MDMTransformer:

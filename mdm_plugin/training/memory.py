@@ -21,6 +21,7 @@ from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.models import MDMTransformer
+from mdm_plugin.models.blocks import BlockAttention
 from mdm_plugin.training.corruption import Corrupted, corrupt
 from mdm_plugin.training.step import forward_loss
 
@@ -183,9 +184,15 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def _fake(attend: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(attend, BlockAttention):
+        return attend.with_masks(mode.from_tensor)
+    return None if attend is None else mode.from_tensor(attend)
+
+
 def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> dict[str, int]:
     """Bytes by kind at the peak of a forward and backward pass."""
-    tracker = MemTracker()
+    tracker, attend = MemTracker(), _fake(noisy.attend, mode)
     # It hooks the gradient of every parameter, also of those that have none: these are taken.
     none = torch.zeros((), requires_grad=True).register_hook(lambda grad: None)
     for p in model.parameters():
@@ -196,7 +203,8 @@ def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -
         with tracker:
             fake = noisy._replace(
                 noisy=mode.from_tensor(noisy.noisy),
-                attend=None if noisy.attend is None else mode.from_tensor(noisy.attend),
+                attend=attend,
+                input_pos=None if noisy.input_pos is None else mode.from_tensor(noisy.input_pos),
                 targets=type(noisy.targets)(*(mode.from_tensor(x) for x in noisy.targets)),
             )
             forward_loss(model, loss, fake)[0].backward()

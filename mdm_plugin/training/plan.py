@@ -1,5 +1,6 @@
 """``dry_run``: what a run will need and do, before any weight is loaded."""
 
+import math
 import os
 import warnings
 from typing import Any
@@ -11,7 +12,7 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from mdm_plugin.config.components import instantiate
-from mdm_plugin.contract import Estimator
+from mdm_plugin.contract import Blocks, Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Split
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.data.prompts import read_prompts
@@ -70,11 +71,15 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     estimator = estimator._replace(w=read_objective(cfg)(0.0))
     model = _fake_model(cfg, adapters, mode)
     check_estimator(estimator, is_causal(model))
+    if model.block_length:
+        blocks = Blocks(model.block_length, cfg.blocks_share_t)
+        estimator = estimator._replace(blocks=blocks)
     check_precision(cfg)
     count = cfg.batch_size * (cfg.group_size if "prompts" in cfg else together)
     size = count * ranks * accumulation
     length, lines = _data(cfg, model, size, estimator)
-    length = -(-length // cfg.pad_to_multiple_of) * cfg.pad_to_multiple_of
+    multiple = math.lcm(cfg.pad_to_multiple_of, model.block_length or 1)
+    length = -(-length // multiple) * multiple
     shards = ranks // cfg.data_parallel_replicate_dim
     masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
     # A step's draws come one after another, as micro-batches do.
