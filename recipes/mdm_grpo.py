@@ -28,7 +28,7 @@ from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, drawn
 from mdm_plugin.alignment.bounds import check_draws, everywhere, sharing, token_bounds
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
-from mdm_plugin.alignment.rewards import advantages, read_rewards, score
+from mdm_plugin.alignment.rewards import advantages, read_rewards, reward_answers
 from mdm_plugin.alignment.rollouts import Rollout, Writing, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
@@ -148,10 +148,11 @@ class MDMReinforcement(MDMFinetune):
     def answers(self, step: int) -> Rollout:
         """This rank's share of the step's answers, by the model as it is now."""
         cfg, place = self.cfg, self.place(step)
-        micro_batches, numbers = [], self.batches.row_indices(place)
-        for batch in self.batches.micro_batches(place):
-            chosen = numbers[batch.places].tolist()
-            micro_batches.append(([self.prompts[i] for i in chosen], batch.places))
+        numbers = self.batches.row_indices(place)
+        micro_batches = [
+            ([self.prompts[i] for i in numbers[places].tolist()], places)
+            for places in self.batches.places(place)
+        ]
         return roll_out(
             self.model,
             self.tokenizer,
@@ -166,7 +167,7 @@ class MDMReinforcement(MDMFinetune):
         """The advantage of each answer of all ranks, by place, [S]; and what is shown of them."""
         cfg, world, size = self.cfg, self.world, self.batches.size * self.cfg.group_size
         scored = [
-            score(self.rewards, texts, [x.row for x in prompts], cfg.reward_timeout)
+            reward_answers(self.rewards, texts, [x.row for x in prompts], cfg.reward_timeout)
             for texts, prompts in zip(rollout.texts, rollout.prompts, strict=True)
         ]
         failures = [

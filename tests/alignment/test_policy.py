@@ -10,7 +10,7 @@ from mdm_plugin.alignment import DrawPlan, add_gradient, bounds, drawn
 from mdm_plugin.alignment.bounds import token_bounds
 from mdm_plugin.alignment.estimates import Coupled, FullyMasked, GaussQuadrature, RoundedCount
 from mdm_plugin.alignment.policy import PolicyLoss
-from mdm_plugin.alignment.rewards import Reward, advantages, read_rewards, score
+from mdm_plugin.alignment.rewards import Reward, advantages, read_rewards, reward_answers
 from mdm_plugin.contract import Estimator
 from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
@@ -170,7 +170,7 @@ def test_a_reward_that_raises_hangs_or_gives_no_number_costs_one_answer():
 
     parts = [Reward("own", 2.0, reward), Reward("one", 1.0, lambda text, row: 1.0)]
     start = time.monotonic()
-    found = score(parts, ["ab", "raise", "hang", "nan"], [{}] * 4, timeout=0.2)
+    found = reward_answers(parts, ["ab", "raise", "hang", "nan"], [{}] * 4, timeout=0.2)
     assert time.monotonic() - start < 5
     assert found.total.isnan().tolist() == [False, True, True, True]
     assert found.total[0] == 5 and found.parts["one"].tolist() == [1.0] * 4
@@ -192,7 +192,7 @@ def test_rewards_by_name_are_functions_with_weights():
         }
     )
     row = {"entry": {"answer": "4", "question": "2 + 2 ="}}
-    found = score(read_rewards(cfg), ["Answer: 4", "four"], [row, row], timeout=5)
+    found = reward_answers(read_rewards(cfg), ["Answer: 4", "four"], [row, row], timeout=5)
     assert found.parts["form"].tolist() == [1.0, 0.0]
     assert found.parts["short"].tolist() == pytest.approx([1 - 9 / 20, 1 - 4 / 20])
     assert found.parts["sums"].tolist() == [1.0, 0.0]

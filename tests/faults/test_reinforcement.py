@@ -40,7 +40,7 @@ def unbroken(request, data_dir, tmp_path_factory):
 def test_killed_in_a_rollout_an_update_or_a_save_and_resumed_it_ends_bit_equal(
     kind, unbroken, data_dir, tmp_path
 ):
-    """Weights, their average, the optimizer's state, and all figures of every step's answers."""
+    """Weights, their average, and all figures of every step."""
     directory, events, ranks = unbroken
     found = [i for i, event in enumerate(events, 1) if event == kind]
     later = [i for i in found if events[:i].count("step") >= 3]  # a checkpoint is there
