@@ -82,7 +82,7 @@ class MDMReinforcement(MDMFinetune):
         if self.decoding.cache:
             self.say(
                 f"decoding.cache: {self.decoding.cache}: answers are sampled by an approximation "
-                "of the model that their bounds are of"
+                "of the model that their bounds are of: rollout/cache_gap shows how near it is"
             )
 
     def _setup_data(self, accumulation: int) -> None:
@@ -193,8 +193,8 @@ class MDMReinforcement(MDMFinetune):
             by_deviation=cfg.by_deviation,
             leave_one_out=cfg.leave_one_out,
         )
-        facts = torch.tensor([rollout.tokens, rollout.finished, rollout.seconds])
-        tokens, finished, seconds = world.sum(facts).tolist()
+        facts = [rollout.tokens, rollout.finished, rollout.seconds, rollout.cache_gap or 0.0]
+        tokens, finished, seconds, gap = world.sum(torch.tensor(facts)).tolist()
         figures = {
             "reward/mean": float(total.nanmean()),
             "reward/groups_that_differ": float(differs.double().mean()),
@@ -205,6 +205,8 @@ class MDMReinforcement(MDMFinetune):
             "rollout/seconds": seconds / world.size,
             "rollout/tokens_per_second": tokens / max(seconds / world.size, 1e-9),
         }
+        if rollout.cache_gap is not None:
+            figures["rollout/cache_gap"] = gap / world.size
         for name in scored[0].parts:
             part = everywhere([x.parts[name] for x in scored], places, size, world)
             figures[f"reward_parts/{name}"] = float(part.nanmean())

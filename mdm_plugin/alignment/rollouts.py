@@ -12,9 +12,9 @@ from mdm_plugin.data.batches import Batch, Padding
 from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.distributed.uneven import uneven_forwards
 from mdm_plugin.distributed.world import World
-from mdm_plugin.generation import Decoding, generate
+from mdm_plugin.generation import Decoding, Moments, cache_gap, generate
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
-from mdm_plugin.noise import seed_of
+from mdm_plugin.noise import keyed_uniform, seed_of
 
 
 class Rollout(NamedTuple):
@@ -22,7 +22,8 @@ class Rollout(NamedTuple):
 
     batches: prompts with answers, as rows. texts, prompts: of each micro-batch, one for each row.
     tokens: written in answers, up to their ends. finished: share of answers with an end. seconds:
-    it took.
+    it took. cache_gap: mean of ``generation.cache_gap`` over the answers, at a token of each that
+    is drawn evenly; None without a cache.
     """
 
     batches: list[Batch]
@@ -31,6 +32,7 @@ class Rollout(NamedTuple):
     tokens: int
     finished: float
     seconds: float
+    cache_gap: float | None
 
     def markdown(self) -> str:
         """The first micro-batch's prompts and answers."""
@@ -70,20 +72,13 @@ def roll_out(
     """
     start, training, group = time.perf_counter(), model.training, how.group
     model.eval()
-    batches, texts, asked, tokens, ends = [], [], [], 0, 0
+    batches, texts, asked, gaps, tokens, ends = [], [], [], [], 0, 0
     with uneven_forwards(model, world):
         for prompts, places in micro_batches:
             rows = [x for x in prompts for _ in range(group)]
             at = (places[:, None] * group + torch.arange(group)).flatten()
-            written = generate(
-                model,
-                [x.ids for x in rows],
-                how.decoding,
-                special=tokenizer,
-                max_new_tokens=how.max_new_tokens,
-                seeds=[seed_of(*key, place) for place in at.tolist()],
-            ).tokens.cpu()
-            answers = [_to_its_end(x, tokenizer.eos_id) for x in written]
+            answers, gap = _write(model, tokenizer, [x.ids for x in rows], at, how, key)
+            gaps.append(gap)
             ends += sum(int(x[-1] == tokenizer.eos_id) for x in answers)
             tokens += sum(len(x) for x in answers)
             batches.append(_rows(rows, answers, at, padding))
@@ -91,7 +86,35 @@ def roll_out(
             asked.append(rows)
     model.train(training)
     count = max(1, sum(len(x) for x in texts))
-    return Rollout(batches, texts, asked, tokens, ends / count, time.perf_counter() - start)
+    mean = float(torch.cat(gaps).mean()) if how.decoding.cache else None
+    return Rollout(batches, texts, asked, tokens, ends / count, time.perf_counter() - start, mean)
+
+
+def _write(
+    model: MDMTransformer,
+    tokenizer: ChatTokenizer,
+    prompts: list[list[int]],
+    places: Tensor,
+    how: Writing,
+    key: tuple[int | str, ...],
+) -> tuple[list[Tensor], Tensor]:
+    """An answer to each prompt, up to its end; and with a cache the gap at a token of each, [R]."""
+    moments = Moments()
+    written = generate(
+        model,
+        prompts,
+        how.decoding,
+        special=tokenizer,
+        max_new_tokens=how.max_new_tokens,
+        seeds=[seed_of(*key, place) for place in places.tolist()],
+        on_step=moments.add if how.decoding.cache else None,
+    ).tokens.cpu()
+    answers = [_to_its_end(x, tokenizer.eos_id) for x in written]
+    if not how.decoding.cache:
+        return answers, torch.zeros(0)
+    u = keyed_uniform(*key, "gap", places=places, length=1)[:, 0]
+    chosen = (u * torch.tensor([len(x) for x in answers])).long()
+    return answers, cache_gap(model, prompts, moments, chosen, how.decoding, tokenizer)
 
 
 def _to_its_end(tokens: Tensor, eos: int) -> Tensor:

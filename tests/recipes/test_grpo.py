@@ -48,6 +48,30 @@ def test_two_ranks_and_accumulation_are_the_run_of_one_rank(grpo, tmp_path):
         assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
 
 
+def test_with_a_cache_the_gap_to_the_model_is_shown_and_is_nothing_where_all_is_fresh(
+    grpo, tmp_path
+):
+    """On two ranks as on one; without a cache there is nothing to show."""
+    blocks = ("decoding.cache=dual", "decoding.block_length=4", "decoding.steps=8")
+    kinds = {
+        "none": (),
+        "fresh": (*blocks, "decoding.refresh_every=1"),
+        "kept": blocks,
+        "ranks": (*blocks, "batch_size=2"),
+    }
+    shown = {}
+    for name, given in kinds.items():
+        launch = TWO_RANKS if name == "ranks" else ()
+        done = grpo(*given, out=name, launch=launch, steps=2)
+        assert ("rollout/cache_gap shows how near it is" in done.stdout) == (name != "none")
+        shown[name] = scalars(tmp_path / name)
+    assert "rollout/cache_gap" not in shown["none"]
+    assert max(shown["fresh"]["rollout/cache_gap"]) < 1e-6
+    assert min(shown["kept"]["rollout/cache_gap"]) > 1e-5
+    for name in ("rollout/cache_gap", "reward/mean"):
+        assert shown["ranks"][name] == pytest.approx(shown["kept"][name], rel=1e-4)
+
+
 def test_later_updates_move_the_policy_away_from_the_one_that_answered(grpo, tmp_path):
     grpo("updates=3", "share_noise=False", out="three")
     assert all(x != 1.0 for x in scalars(tmp_path / "three")["policy/ratio"][1:])
