@@ -29,7 +29,7 @@ from mdm_plugin.alignment.bounds import check_draws, everywhere, sharing, token_
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
 from mdm_plugin.alignment.rewards import advantages, read_rewards, reward_answers
-from mdm_plugin.alignment.rollouts import Rollout, Writing, roll_out
+from mdm_plugin.alignment.rollouts import Rollout, Writing, chosen_rows, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GRPOOptions
@@ -50,7 +50,7 @@ class Judged(NamedTuple):
     """A micro-batch of R answers of L tokens, by what the policy is to learn from them.
 
     draws: the noise. new, old, reference: [R, L], what each place adds to the bounds. gains: [R],
-    advantages. eligible: [R, L], the answers.
+    advantages. counts: [R], bool, those that are in the loss. eligible: [R, L], the answers.
     """
 
     draws: Drawn
@@ -58,6 +58,7 @@ class Judged(NamedTuple):
     old: Tensor
     reference: Tensor | None
     gains: Tensor
+    counts: Tensor
     eligible: Tensor
 
 
@@ -118,13 +119,16 @@ class MDMReinforcement(MDMFinetune):
         """Answers, their rewards, and the optimizer's steps that follow from them."""
         cfg = self.cfg
         rollout = self.answers(step)
-        gains, figures = self.judge(step, rollout)
+        gains, differs, figures = self.judge(step, rollout)
         self.shown = rollout
-        if not gains.any() and self.reference is None:
+        skips = cfg.equal_groups == "skip"
+        if not differs.any() and (skips or self.reference is None):
             self.metrics.step([], None, figures)  # every answer was as good as its others
             return
+        counts = differs.repeat_interleave(cfg.group_size) if skips else torch.ones_like(gains) > 0
+        batches = [chosen_rows(x, counts) for x in rollout.batches]
         noise = [
-            [drawn(x, self.estimator, self.draws, ("policy", step, j)) for x in rollout.batches]
+            [drawn(x, self.estimator, self.draws, ("policy", step, j)) for x in batches]
             for j in range(1 if cfg.share_noise else cfg.updates)
         ]
         old = [self.token_bounds(x, step, j) for j, x in enumerate(noise)]
@@ -139,11 +143,12 @@ class MDMReinforcement(MDMFinetune):
                     old=old[k][i],
                     reference=base[k][i] if base else None,
                     gains=gains[draws.places],
-                    eligible=rollout.batches[i].eligible,
+                    counts=counts[draws.places],
+                    eligible=batches[i].eligible,
                 )
                 for i, draws in enumerate(noise[k])
             ]
-            self.policy_step(step, j, judged, figures if j == 0 else {})
+            self.policy_step(step, j, judged, int(counts.sum()), figures if j == 0 else {})
 
     def answers(self, step: int) -> Rollout:
         """This rank's share of the step's answers, by the model as it is now."""
@@ -163,8 +168,9 @@ class MDMReinforcement(MDMFinetune):
             (cfg.seed, "rollout", step),
         )
 
-    def judge(self, step: int, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """The advantage of each answer of all ranks, by place, [S]; and what is shown of them."""
+    def judge(self, step: int, rollout: Rollout) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Of all ranks, by place: the advantage of each answer, [S]; whether the rewards of a
+        group differ, [S/G]; and what is shown of them."""
         cfg, world, size = self.cfg, self.world, self.batches.size * self.cfg.group_size
         scored = [
             reward_answers(self.rewards, texts, [x.row for x in prompts], cfg.reward_timeout)
@@ -210,7 +216,7 @@ class MDMReinforcement(MDMFinetune):
         for name in scored[0].parts:
             part = everywhere([x.parts[name] for x in scored], places, size, world)
             figures[f"reward_parts/{name}"] = float(part.nanmean())
-        return gains, figures
+        return gains, differs, figures
 
     def token_bounds(self, micro_batches: list[Drawn], step: int, update: int) -> list[Tensor]:
         """What each place adds to the bounds of this rank's answers. [R, L] each."""
@@ -225,21 +231,23 @@ class MDMReinforcement(MDMFinetune):
         return self.cfg.seed, "torch", step, update, self.world.rank, micro_batch
 
     def policy_step(
-        self, step: int, update: int, judged: list[Judged], shown: dict[str, float]
+        self, step: int, update: int, judged: list[Judged], size: int, shown: dict[str, float]
     ) -> None:
         """One optimizer step on this rank's judged answers, and on those of the others.
 
-        shown: figures of the answers.
+        size: how many of all ranks' answers count. shown: figures of the answers.
         """
-        cfg, world, size = self.cfg, self.world, self.batches.size * self.cfg.group_size
+        cfg, world = self.cfg, self.world
         noise = update if not cfg.share_noise else 0
         results, sums = [], torch.zeros(5, dtype=torch.float64)
         for i, x in enumerate(judged):
-            new = x.new.clone().requires_grad_()
+            new, own = x.new.clone().requires_grad_(), x.counts
+            base = None if x.reference is None else x.reference[own]
             with torch.enable_grad():
-                terms = self.loss(new, x.old, x.reference, x.gains, x.eligible)
+                terms = self.loss(new[own], x.old[own], base, x.gains[own], x.eligible[own])
             (slopes,) = torch.autograd.grad(terms.loss / size, new)
-            parts = terms.clipped, terms.ratio, terms.kl, x.new.sum(1) / x.eligible.sum(1)
+            bounds = (x.new.sum(1) / x.eligible.sum(1))[own]
+            parts = terms.clipped, terms.ratio, terms.kl, bounds
             sums += torch.stack([terms.loss.detach(), *(part.sum() for part in parts)])
             results += add_gradient(
                 self.model,
@@ -320,6 +328,8 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
             f"timesteps: {sampler} learns from a data set, and the answers are not there yet: use "
             "Stratified or Uniform"
         )
+    if cfg.equal_groups not in ("keep", "skip"):
+        raise UserError(f"equal_groups: {cfg.equal_groups}: use keep or skip")
     if cfg.batch_layout != "padded":
         raise UserError(f"batch_layout: {cfg.batch_layout}: answers are padded: leave it out")
     if cfg.train_eos_padding:

@@ -117,6 +117,17 @@ def _write(
     return answers, cache_gap(model, prompts, moments, chosen, how.decoding, tokenizer)
 
 
+def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
+    """The rows at ``chosen`` places ([S], bool) of the step; where there are none the first one,
+    as all ranks are to have as many forwards."""
+    rows = chosen[batch.places].nonzero()[:, 0]
+    rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    attend = None if batch.attend is None else batch.attend[rows]
+    return Batch(
+        batch.tokens[rows], batch.eligible[rows], attend, batch.u[rows], batch.places[rows]
+    )
+
+
 def _to_its_end(tokens: Tensor, eos: int) -> Tensor:
     """An answer up to its first EOS, with that."""
     ends = (tokens == eos).nonzero()
