@@ -14,6 +14,7 @@ the same answers. Every option: ``GRPOOptions`` in ``mdm_plugin/config/options.p
 """
 
 import json
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ class MDMReinforcement(MDMFinetune):
         check_options(cfg, self.estimator, self.loss)
         self.draws = DrawPlan(cfg.draws // self.estimator.masking.views, cfg.seed)
         self.rewards = read_rewards(cfg)
-        self.shown: Rollout | None = None  # the last answers
+        self.shown = ""  # some of the last answers, as text
         self.decoding: Decoding = read_decoding(cfg)
         if not self.decoding.temperature:
             raise UserError(
@@ -116,11 +117,17 @@ class MDMReinforcement(MDMFinetune):
             self.reference = live_reference(cfg, self.model, self.checkpointer, loss, self.world)
 
     def train_step(self, step: int) -> None:
-        """Answers, their rewards, and the optimizer's steps that follow from them."""
-        cfg = self.cfg
+        """Answers, and what is learnt from them."""
+        start = time.perf_counter()
         rollout = self.answers(step)
+        self.learn(step, rollout)
+        seconds = time.perf_counter() - start
+        self.metrics.show({"rollout/share_of_step": rollout.seconds / seconds})
+
+    def learn(self, step: int, rollout: Rollout) -> None:
+        """Rewards of a step's answers, and the optimizer's steps that follow from them."""
+        cfg = self.cfg
         gains, differs, figures = self.judge(step, rollout)
-        self.shown = rollout
         skips = cfg.equal_groups == "skip"
         if not differs.any() and (skips or self.reference is None):
             self.metrics.step([], None, figures)  # every answer was as good as its others
@@ -187,6 +194,7 @@ class MDMReinforcement(MDMFinetune):
             self.say(f"step {step}: an answer has no reward: {everyone[0]}{more}")
         places = [x.places for x in rollout.batches]
         total = everywhere([x.total for x in scored], places, size, world)
+        self.shown = rollout.markdown(total)
         missing = float(total.isnan().double().mean())
         if missing > cfg.max_failed_rewards:
             raise UserError(
@@ -290,7 +298,7 @@ class MDMReinforcement(MDMFinetune):
         self.metric_logger.log_dict({"val/exact_match": answered.accuracy}, step)
         self.validated = {step: -answered.accuracy}  # keep_best_n keeps the lowest
         if isinstance(self.metric_logger, TensorBoardLogger) and self.shown:
-            self.metric_logger.log_text("answers", self.shown.markdown(), step)
+            self.metric_logger.log_text("answers", self.shown, step)
         low, high = answered.interval()
         self.say(
             f"step {step}/{self.total_steps}: val/exact_match {answered.accuracy:.4f} "

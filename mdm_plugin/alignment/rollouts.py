@@ -34,12 +34,18 @@ class Rollout(NamedTuple):
     seconds: float
     cache_gap: float | None
 
-    def markdown(self) -> str:
-        """The first micro-batch's prompts and answers."""
-        return "\n\n---\n\n".join(
-            f"**{prompt.text}**\n\n    " + answer.replace("\n", "\n    ")
-            for prompt, answer in zip(self.prompts[0], self.texts[0], strict=True)
-        )
+    def markdown(self, rewards: Tensor, most: int = 4) -> str:
+        """The answers to this rank's first prompts, ``most`` or fewer, each with its reward.
+
+        rewards: [S], of all ranks' answers by their places.
+        """
+        shown: dict[str, str] = {}
+        answers = zip(self.prompts[0], self.texts[0], self.batches[0].places, strict=True)
+        for prompt, answer, place in answers:
+            head = "**prompt**\n\n    " + prompt.text.replace("\n", "\n    ")
+            text = f"**{float(rewards[place]):g}**\n\n    " + answer.replace("\n", "\n    ")
+            shown[prompt.place] = shown.get(prompt.place, head) + "\n\n" + text
+        return "\n\n---\n\n".join(list(shown.values())[:most])
 
 
 class Writing(NamedTuple):

@@ -11,7 +11,9 @@ from mdm_plugin.alignment.bounds import token_bounds
 from mdm_plugin.alignment.estimates import Coupled, FullyMasked, GaussQuadrature, RoundedCount
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.rewards import Reward, advantages, read_rewards, reward_answers
+from mdm_plugin.alignment.rollouts import Rollout
 from mdm_plugin.contract import Estimator
+from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Complement, FixedCount
@@ -222,3 +224,16 @@ def test_counts_and_complements_have_less_noise_than_the_field_s():
         spread[name] = float(toy_bounds(toy, found).var())
     assert spread["even"] < 0.5 * spread["independent"]
     assert spread["complement"] < spread["independent"]
+
+
+def test_answers_are_shown_under_their_prompts_each_with_its_reward():
+    prompts = [Prompt(f"x.jsonl:{i}", {}, [1], text) for i, text in enumerate(("2 + 2 =\n?", "b"))]
+    rows = copies(3, 4)._replace(places=torch.tensor([2, 3, 0, 1]))
+    texts = ["4\nAnswer: 4", "5", "", "*"]
+    asked = [prompts[0]] * 2 + [prompts[1]] * 2
+    rollout = Rollout([rows], [texts], [asked], 9, 1.0, 0.1, None)
+    rewards = torch.tensor([0.0, torch.nan, 1.0, 0.25])
+    first = "**prompt**\n\n    2 + 2 =\n    ?\n\n**1**\n\n    4\n    Answer: 4\n\n**0.25**\n\n    5"
+    second = "**prompt**\n\n    b\n\n**0**\n\n    \n\n**nan**\n\n    *"
+    assert rollout.markdown(rewards) == f"{first}\n\n---\n\n{second}"
+    assert rollout.markdown(rewards, most=1) == first
