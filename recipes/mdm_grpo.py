@@ -26,11 +26,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, drawn
-from mdm_plugin.alignment.bounds import check_draws, everywhere, sharing, token_bounds
+from mdm_plugin.alignment.bounds import check_draws, sharing, token_bounds
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
-from mdm_plugin.alignment.rewards import advantages, read_rewards, reward_answers
-from mdm_plugin.alignment.rollouts import Rollout, Writing, chosen_rows, roll_out
+from mdm_plugin.alignment.rewards import advantages, read_rewards
+from mdm_plugin.alignment.rollouts import Rollout, Writing, chosen_rows, rewarded, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GRPOOptions
@@ -179,27 +179,16 @@ class MDMReinforcement(MDMFinetune):
         """Of all ranks, by place: the advantage of each answer, [S]; whether the rewards of a
         group differ, [S/G]; and what is shown of them."""
         cfg, world, size = self.cfg, self.world, self.batches.size * self.cfg.group_size
-        scored = [
-            reward_answers(self.rewards, texts, [x.row for x in prompts], cfg.reward_timeout)
-            for texts, prompts in zip(rollout.texts, rollout.prompts, strict=True)
-        ]
-        failures = [
-            f"{rollout.prompts[i][row].place}: {line}"
-            for i, part in enumerate(scored)
-            for row, line in part.failures
-        ]
-        everyone = [line for lines in world.gather(failures) for line in lines]
-        if everyone:
-            more = f", and {len(everyone) - 1} more" if len(everyone) > 1 else ""
-            self.say(f"step {step}: an answer has no reward: {everyone[0]}{more}")
-        places = [x.places for x in rollout.batches]
-        total = everywhere([x.total for x in scored], places, size, world)
+        total, parts, failures = rewarded(rollout, self.rewards, cfg.reward_timeout, size, world)
+        if failures:
+            more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+            self.say(f"step {step}: an answer has no reward: {failures[0]}{more}")
         self.shown = rollout.markdown(total)
         missing = float(total.isnan().double().mean())
         if missing > cfg.max_failed_rewards:
             raise UserError(
                 f"max_failed_rewards: {missing:.0%} of step {step}'s answers have no reward, the "
-                f"first by {everyone[0]}: the last checkpoint is good"
+                f"first by {failures[0]}: the last checkpoint is good"
             )
         gains, differs = advantages(
             total,
@@ -207,23 +196,14 @@ class MDMReinforcement(MDMFinetune):
             by_deviation=cfg.by_deviation,
             leave_one_out=cfg.leave_one_out,
         )
-        facts = [rollout.tokens, rollout.finished, rollout.seconds, rollout.cache_gap or 0.0]
-        tokens, finished, seconds, gap = world.sum(torch.tensor(facts)).tolist()
         figures = {
             "reward/mean": float(total.nanmean()),
             "reward/groups_that_differ": float(differs.double().mean()),
             "reward/failed": missing,
             "reward/advantage_deviation": float(gains.std()),
-            "rollout/length": tokens / size,
-            "rollout/finished": finished / world.size,
-            "rollout/seconds": seconds / world.size,
-            "rollout/tokens_per_second": tokens / max(seconds / world.size, 1e-9),
+            **{f"reward_parts/{name}": float(part.nanmean()) for name, part in parts.items()},
+            **rollout.figures(size, world),
         }
-        if rollout.cache_gap is not None:
-            figures["rollout/cache_gap"] = gap / world.size
-        for name in scored[0].parts:
-            part = everywhere([x.parts[name] for x in scored], places, size, world)
-            figures[f"reward_parts/{name}"] = float(part.nanmean())
         return gains, differs, figures
 
     def token_bounds(self, micro_batches: list[Drawn], step: int, update: int) -> list[Tensor]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mdm_plugin.alignment.bounds import everywhere
+from mdm_plugin.alignment.rewards import Reward, reward_answers
 from mdm_plugin.data.batches import Batch, Padding
 from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.distributed.uneven import uneven_forwards
@@ -46,6 +48,18 @@ class Rollout(NamedTuple):
             text = f"**{float(rewards[place]):g}**\n\n    " + answer.replace("\n", "\n    ")
             shown[prompt.place] = shown.get(prompt.place, head) + "\n\n" + text
         return "\n\n---\n\n".join(list(shown.values())[:most])
+
+    def figures(self, size: int, world: World) -> dict[str, float]:
+        """What is shown of ``size`` answers of all ranks."""
+        facts = [self.tokens, self.finished, self.seconds, self.cache_gap or 0.0]
+        tokens, finished, seconds, gap = world.sum(torch.tensor(facts)).tolist()
+        found = {
+            "rollout/length": tokens / size,
+            "rollout/finished": finished / world.size,
+            "rollout/seconds": seconds / world.size,
+            "rollout/tokens_per_second": tokens / max(seconds / world.size, 1e-9),
+        }
+        return found if self.cache_gap is None else {**found, "rollout/cache_gap": gap / world.size}
 
 
 class Writing(NamedTuple):
@@ -121,6 +135,29 @@ def _write(
     u = keyed_uniform(*key, "gap", places=places, length=1)[:, 0]
     chosen = (u * torch.tensor([len(x) for x in answers])).long()
     return answers, cache_gap(model, prompts, moments, chosen, how.decoding, tokenizer)
+
+
+def rewarded(
+    rollout: Rollout, rewards: Sequence[Reward], timeout: float, size: int, world: World
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """What the answers of all ranks are worth, by their places: [size], the whole and its parts;
+    and where there is none, the line of the prompt and what happened. As ``reward_answers``."""
+    found = [
+        reward_answers(rewards, texts, [x.row for x in prompts], timeout)
+        for texts, prompts in zip(rollout.texts, rollout.prompts, strict=True)
+    ]
+    failures = [
+        f"{prompts[row].place}: {line}"
+        for prompts, part in zip(rollout.prompts, found, strict=True)
+        for row, line in part.failures
+    ]
+    places = [x.places for x in rollout.batches]
+    total = everywhere([x.total for x in found], places, size, world)
+    parts = {
+        x.name: everywhere([part.parts[x.name] for part in found], places, size, world)
+        for x in rewards
+    }
+    return total, parts, [line for lines in world.gather(failures) for line in lines]
 
 
 def chosen_rows(batch: Batch, chosen: Tensor) -> Batch:
