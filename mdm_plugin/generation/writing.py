@@ -131,37 +131,55 @@ def _write(
     late = rows.eos_id if decoding.eos_last and rows.eos_id is not None else -1  # -1: no token
     forwards = 0
     with LayerCaches(rows.model) if decoding.cache else nullcontext() as caches:
+        way = _Way(decoding, seeds, caches, late, on_step)
         for start in range(0, n, size):
             block = slice(start, start + size)
             first = rows.masked()[:, block].sum(1)
             index = 0
-            while (masked := rows.masked()[:, block]).any():
-                fresh = index % (decoding.refresh_every or n + 1) == 0
-                logits = rows.logits(block, decoding, caches, fresh)
+            while rows.masked()[:, block].any():
+                _advance(rows, way, block, first, index, steps)
                 forwards += 2 if decoding.cfg_scale else 1
-                uniform, drawn = _noise(seeds, start, index, logits)
-                tempered = logits / decoding.temperature if decoding.temperature else logits
-                drawn_from = _likeliest(tempered, decoding.top_p, decoding.top_k)
-                prediction = (
-                    _drawn(drawn_from, drawn) if decoding.temperature else drawn_from.argmax(-1)
-                )
-                p = logits.softmax(-1)
-                candidates = Candidates(
-                    index,
-                    steps,
-                    masked,
-                    first,
-                    prediction,
-                    p,
-                    p if drawn_from is logits else drawn_from.softmax(-1),
-                    uniform,
-                )
-                chosen = decoding.sampler(candidates, prediction == late) & masked
-                rows.put(chosen, prediction, block)
                 index += 1
-                if on_step:
-                    on_step(_step(rows.response(), block, chosen, candidates))
     return Generated(rows.response(), forwards)
+
+
+class _Way(NamedTuple):
+    """What all steps have in common. late: the token to be chosen last; −1: none."""
+
+    decoding: Decoding
+    seeds: Sequence[int]
+    caches: LayerCaches | None
+    late: int
+    on_step: Callable[[Step], None] | None
+
+
+def _advance(
+    rows: MaskedRows, way: _Way, block: slice, first: Tensor, number: int, steps: int
+) -> None:
+    """A step of a block; ``first`` to ``steps`` as in ``Candidates``. The memory that it needs,
+    several times that of the logits, is free when it ends."""
+    decoding, masked = way.decoding, rows.masked()[:, block]
+    fresh = number % decoding.refresh_every == 0 if decoding.refresh_every else number == 0
+    logits = rows.logits(block, decoding, way.caches, fresh)
+    uniform, drawn = _noise(way.seeds, block.start, number, logits)
+    tempered = logits / decoding.temperature if decoding.temperature else logits
+    drawn_from = _likeliest(tempered, decoding.top_p, decoding.top_k)
+    prediction = _drawn(drawn_from, drawn) if decoding.temperature else drawn_from.argmax(-1)
+    p = logits.softmax(-1)
+    candidates = Candidates(
+        number,
+        steps,
+        masked,
+        first,
+        prediction,
+        p,
+        p if drawn_from is logits else drawn_from.softmax(-1),
+        uniform,
+    )
+    chosen = decoding.sampler(candidates, prediction == way.late) & masked
+    rows.put(chosen, prediction, block)
+    if way.on_step:
+        way.on_step(_step(rows.response(), block, chosen, candidates))
 
 
 def _step(response: Tensor, block: slice, chosen: Tensor, candidates: Candidates) -> Step:
