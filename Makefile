@@ -3,10 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
+VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' mdm_plugin/__init__.py)
 # PyTorch's public wheels without CUDA, for where pip's own index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo quick test lint types tests faults docs bench study wheel clean
+.PHONY: help install demo quick test lint types tests faults docs docs-version bench study wheel clean
 
 help:
 	@echo "make demo   pretrain and fine-tune a small model on this machine, and measure it"
@@ -14,6 +15,7 @@ help:
 	@echo "make test   lint, types and all tests"
 	@echo "make faults kills, full disks, damaged files, long runs: all of tests/faults, about 10 minutes"
 	@echo "make docs   the documentation as a site: build/site/index.html"
+	@echo "make docs-version   that site as one of the versions on the local branch gh-pages"
 	@echo "make bench  training steps side by side with a plain loop, about 40 minutes (after make demo)"
 	@echo "make study  the study of docs/study.md: what has not been run of it, then its report; hours"
 	@echo "make wheel  build the wheel into dist/"
@@ -58,6 +60,11 @@ faults: install
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m mkdocs build --strict
+
+# Nothing is pushed: git push origin gh-pages does that.
+docs-version: docs
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike deploy --update-aliases $(VERSION) latest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike set-default latest
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -14,6 +14,7 @@ the same answers. Every option: ``GRPOOptions`` in ``mdm_plugin/config/options.p
 """
 
 import json
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, drawn
-from mdm_plugin.alignment.bounds import check_draws, everywhere, sharing, token_bounds
+from mdm_plugin.alignment.bounds import check_draws, sharing, token_bounds
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
-from mdm_plugin.alignment.rewards import advantages, read_rewards, score
-from mdm_plugin.alignment.rollouts import Rollout, Writing, roll_out
+from mdm_plugin.alignment.rewards import advantages, read_rewards
+from mdm_plugin.alignment.rollouts import Rollout, Writing, chosen_rows, rewarded, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GRPOOptions
@@ -50,7 +51,7 @@ class Judged(NamedTuple):
     """A micro-batch of R answers of L tokens, by what the policy is to learn from them.
 
     draws: the noise. new, old, reference: [R, L], what each place adds to the bounds. gains: [R],
-    advantages. eligible: [R, L], the answers.
+    advantages. counts: [R], bool, those that are in the loss. eligible: [R, L], the answers.
     """
 
     draws: Drawn
@@ -58,6 +59,7 @@ class Judged(NamedTuple):
     old: Tensor
     reference: Tensor | None
     gains: Tensor
+    counts: Tensor
     eligible: Tensor
 
 
@@ -72,7 +74,7 @@ class MDMReinforcement(MDMFinetune):
         check_options(cfg, self.estimator, self.loss)
         self.draws = DrawPlan(cfg.draws // self.estimator.masking.views, cfg.seed)
         self.rewards = read_rewards(cfg)
-        self.shown: Rollout | None = None  # the last answers
+        self.shown = ""  # some of the last answers, as text
         self.decoding: Decoding = read_decoding(cfg)
         if not self.decoding.temperature:
             raise UserError(
@@ -82,7 +84,7 @@ class MDMReinforcement(MDMFinetune):
         if self.decoding.cache:
             self.say(
                 f"decoding.cache: {self.decoding.cache}: answers are sampled by an approximation "
-                "of the model that their bounds are of"
+                "of the model that their bounds are of: rollout/cache_gap shows how near it is"
             )
 
     def _setup_data(self, accumulation: int) -> None:
@@ -115,16 +117,25 @@ class MDMReinforcement(MDMFinetune):
             self.reference = live_reference(cfg, self.model, self.checkpointer, loss, self.world)
 
     def train_step(self, step: int) -> None:
-        """Answers, their rewards, and the optimizer's steps that follow from them."""
-        cfg = self.cfg
+        """Answers, and what is learnt from them."""
+        start = time.perf_counter()
         rollout = self.answers(step)
-        gains, figures = self.judge(step, rollout)
-        self.shown = rollout
-        if not gains.any() and self.reference is None:
+        self.learn(step, rollout)
+        seconds = time.perf_counter() - start
+        self.metrics.show({"rollout/share_of_step": rollout.seconds / seconds})
+
+    def learn(self, step: int, rollout: Rollout) -> None:
+        """Rewards of a step's answers, and the optimizer's steps that follow from them."""
+        cfg = self.cfg
+        gains, differs, figures = self.judge(step, rollout)
+        skips = cfg.equal_groups == "skip"
+        if not differs.any() and (skips or self.reference is None):
             self.metrics.step([], None, figures)  # every answer was as good as its others
             return
+        counts = differs.repeat_interleave(cfg.group_size) if skips else torch.ones_like(gains) > 0
+        batches = [chosen_rows(x, counts) for x in rollout.batches]
         noise = [
-            [drawn(x, self.estimator, self.draws, ("policy", step, j)) for x in rollout.batches]
+            [drawn(x, self.estimator, self.draws, ("policy", step, j)) for x in batches]
             for j in range(1 if cfg.share_noise else cfg.updates)
         ]
         old = [self.token_bounds(x, step, j) for j, x in enumerate(noise)]
@@ -139,19 +150,21 @@ class MDMReinforcement(MDMFinetune):
                     old=old[k][i],
                     reference=base[k][i] if base else None,
                     gains=gains[draws.places],
-                    eligible=rollout.batches[i].eligible,
+                    counts=counts[draws.places],
+                    eligible=batches[i].eligible,
                 )
                 for i, draws in enumerate(noise[k])
             ]
-            self.policy_step(step, j, judged, figures if j == 0 else {})
+            self.policy_step(step, j, judged, int(counts.sum()), figures if j == 0 else {})
 
     def answers(self, step: int) -> Rollout:
         """This rank's share of the step's answers, by the model as it is now."""
         cfg, place = self.cfg, self.place(step)
-        micro_batches, numbers = [], self.batches.row_indices(place)
-        for batch in self.batches.micro_batches(place):
-            chosen = numbers[batch.places].tolist()
-            micro_batches.append(([self.prompts[i] for i in chosen], batch.places))
+        numbers = self.batches.row_indices(place)
+        micro_batches = [
+            ([self.prompts[i] for i in numbers[places].tolist()], places)
+            for places in self.batches.places(place)
+        ]
         return roll_out(
             self.model,
             self.tokenizer,
@@ -162,29 +175,20 @@ class MDMReinforcement(MDMFinetune):
             (cfg.seed, "rollout", step),
         )
 
-    def judge(self, step: int, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """The advantage of each answer of all ranks, by place, [S]; and what is shown of them."""
+    def judge(self, step: int, rollout: Rollout) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Of all ranks, by place: the advantage of each answer, [S]; whether the rewards of a
+        group differ, [S/G]; and what is shown of them."""
         cfg, world, size = self.cfg, self.world, self.batches.size * self.cfg.group_size
-        scored = [
-            score(self.rewards, texts, [x.row for x in prompts], cfg.reward_timeout)
-            for texts, prompts in zip(rollout.texts, rollout.prompts, strict=True)
-        ]
-        failures = [
-            f"{rollout.prompts[i][row].place}: {line}"
-            for i, part in enumerate(scored)
-            for row, line in part.failures
-        ]
-        everyone = [line for lines in world.gather(failures) for line in lines]
-        if everyone:
-            more = f", and {len(everyone) - 1} more" if len(everyone) > 1 else ""
-            self.say(f"step {step}: an answer has no reward: {everyone[0]}{more}")
-        places = [x.places for x in rollout.batches]
-        total = everywhere([x.total for x in scored], places, size, world)
+        total, parts, failures = rewarded(rollout, self.rewards, cfg.reward_timeout, size, world)
+        if failures:
+            more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+            self.say(f"step {step}: an answer has no reward: {failures[0]}{more}")
+        self.shown = rollout.markdown(total)
         missing = float(total.isnan().double().mean())
         if missing > cfg.max_failed_rewards:
             raise UserError(
                 f"max_failed_rewards: {missing:.0%} of step {step}'s answers have no reward, the "
-                f"first by {everyone[0]}: the last checkpoint is good"
+                f"first by {failures[0]}: the last checkpoint is good"
             )
         gains, differs = advantages(
             total,
@@ -192,22 +196,15 @@ class MDMReinforcement(MDMFinetune):
             by_deviation=cfg.by_deviation,
             leave_one_out=cfg.leave_one_out,
         )
-        facts = torch.tensor([rollout.tokens, rollout.finished, rollout.seconds])
-        tokens, finished, seconds = world.sum(facts).tolist()
         figures = {
             "reward/mean": float(total.nanmean()),
             "reward/groups_that_differ": float(differs.double().mean()),
             "reward/failed": missing,
             "reward/advantage_deviation": float(gains.std()),
-            "rollout/length": tokens / size,
-            "rollout/finished": finished / world.size,
-            "rollout/seconds": seconds / world.size,
-            "rollout/tokens_per_second": tokens / max(seconds / world.size, 1e-9),
+            **{f"reward_parts/{name}": float(part.nanmean()) for name, part in parts.items()},
+            **rollout.figures(size, world),
         }
-        for name in scored[0].parts:
-            part = everywhere([x.parts[name] for x in scored], places, size, world)
-            figures[f"reward_parts/{name}"] = float(part.nanmean())
-        return gains, figures
+        return gains, differs, figures
 
     def token_bounds(self, micro_batches: list[Drawn], step: int, update: int) -> list[Tensor]:
         """What each place adds to the bounds of this rank's answers. [R, L] each."""
@@ -222,21 +219,23 @@ class MDMReinforcement(MDMFinetune):
         return self.cfg.seed, "torch", step, update, self.world.rank, micro_batch
 
     def policy_step(
-        self, step: int, update: int, judged: list[Judged], shown: dict[str, float]
+        self, step: int, update: int, judged: list[Judged], size: int, shown: dict[str, float]
     ) -> None:
         """One optimizer step on this rank's judged answers, and on those of the others.
 
-        shown: figures of the answers.
+        size: how many of all ranks' answers count. shown: figures of the answers.
         """
-        cfg, world, size = self.cfg, self.world, self.batches.size * self.cfg.group_size
+        cfg, world = self.cfg, self.world
         noise = update if not cfg.share_noise else 0
         results, sums = [], torch.zeros(5, dtype=torch.float64)
         for i, x in enumerate(judged):
-            new = x.new.clone().requires_grad_()
+            new, own = x.new.clone().requires_grad_(), x.counts
+            base = None if x.reference is None else x.reference[own]
             with torch.enable_grad():
-                terms = self.loss(new, x.old, x.reference, x.gains, x.eligible)
+                terms = self.loss(new[own], x.old[own], base, x.gains[own], x.eligible[own])
             (slopes,) = torch.autograd.grad(terms.loss / size, new)
-            parts = terms.clipped, terms.ratio, terms.kl, x.new.sum(1) / x.eligible.sum(1)
+            bounds = (x.new.sum(1) / x.eligible.sum(1))[own]
+            parts = terms.clipped, terms.ratio, terms.kl, bounds
             sums += torch.stack([terms.loss.detach(), *(part.sum() for part in parts)])
             results += add_gradient(
                 self.model,
@@ -279,7 +278,7 @@ class MDMReinforcement(MDMFinetune):
         self.metric_logger.log_dict({"val/exact_match": answered.accuracy}, step)
         self.validated = {step: -answered.accuracy}  # keep_best_n keeps the lowest
         if isinstance(self.metric_logger, TensorBoardLogger) and self.shown:
-            self.metric_logger.log_text("answers", self.shown.markdown(), step)
+            self.metric_logger.log_text("answers", self.shown, step)
         low, high = answered.interval()
         self.say(
             f"step {step}/{self.total_steps}: val/exact_match {answered.accuracy:.4f} "
@@ -317,6 +316,8 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
             f"timesteps: {sampler} learns from a data set, and the answers are not there yet: use "
             "Stratified or Uniform"
         )
+    if cfg.equal_groups not in ("keep", "skip"):
+        raise UserError(f"equal_groups: {cfg.equal_groups}: use keep or skip")
     if cfg.batch_layout != "padded":
         raise UserError(f"batch_layout: {cfg.batch_layout}: answers are padded: leave it out")
     if cfg.train_eos_padding:

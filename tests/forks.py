@@ -35,6 +35,7 @@ context.set_forkserver_preload(
             "mdm_dpo",
             "mdm_eval",
             "mdm_generate",
+            "mdm_grpo",
             "mdm_variance",
         ),
         *("scipy.optimize", "matplotlib.figure", "torch.utils.tensorboard"),  # runs import these

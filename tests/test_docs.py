@@ -174,6 +174,21 @@ def test_every_module_has_its_place_in_the_api():
         assert f"mdm_plugin.{name}" in shown
 
 
+def test_a_version_of_the_site_is_put_beside_the_others():
+    """mike's: the pages name it, the extra installs it, and the Makefile calls it."""
+    assert "version: {provider: mike, default: latest}" in (ROOT / "mkdocs.yml").read_text()
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extra = facts["project"]["optional-dependencies"]["docs"]
+    assert any(x.startswith("mike>=") for x in extra)
+    for given, version in (([], mdm_plugin.__version__), (["VERSION=1.2.3"], "1.2.3")):
+        words = ["make", "--dry-run", "docs-version", *given]
+        shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        built, deployed = shown.index("mkdocs build --strict"), shown.index("mike deploy")
+        assert built < deployed
+        assert f"mike deploy --update-aliases {version} latest\n" in shown
+        assert "mike set-default latest" in shown
+
+
 def test_links_out_of_docs_are_pages_of_the_site():
     text = "[a](../mdm_plugin/loss.py) [b](../CONTRIBUTING.md#set-up) [c](8b.md) [d](gone.md)"
     assert SITE["rewritten"](text, "docs/x.md", "x.md") == (

@@ -28,7 +28,7 @@ class Reward(NamedTuple):
     function: Function
 
 
-class Scored(NamedTuple):
+class Rewarded(NamedTuple):
     """The rewards of n completions.
 
     total: [n], fp64, the weighted sum; NaN where a part failed. parts: [n] of each, by name.
@@ -66,12 +66,12 @@ def read_rewards(cfg: DictConfig) -> list[Reward]:
     return found
 
 
-def score(
+def reward_answers(
     rewards: Sequence[Reward],
     completions: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     timeout: float,
-) -> Scored:
+) -> Rewarded:
     """What each completion to a row is worth.
 
     A function that raises, takes longer than ``timeout`` seconds, or gives no finite number is a
@@ -92,7 +92,7 @@ def score(
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 failures.append((i, f"rewards.{reward.name}: {reason}"))
     total = torch.stack([x.weight * parts[x.name] for x in rewards]).sum(0)
-    return Scored(total, parts, failures)
+    return Rewarded(total, parts, failures)
 
 
 class _TooLong(BaseException):

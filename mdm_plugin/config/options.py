@@ -129,6 +129,7 @@ class GRPOOptions(Options):
     share_noise: bool = True  # one noise for all updates of a step; else each has its own
     by_deviation: bool = False  # divide advantages by their group's standard deviation
     leave_one_out: bool = False  # compare an answer with the mean of the others
+    equal_groups: str = "keep"  # whose answers are all worth the same: keep or skip, in the loss
     reference: str | None = None  # adapters_off or model, where the loss has a KL divergence
     train_eos_padding: bool = False  # True is refused: answers end where the model ends them
 

@@ -159,12 +159,16 @@ class GlobalBatches:
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``, in the order of accumulation."""
         indices = self.indices(step)
-        lengths = self.rows.lengths_of(indices)
-        longest = int(lengths.max())
-        batches = []
-        for places in self._places(lengths)[:, self.split.rank]:
-            batches.append(self.collate(indices[places], places, ("mask", step), longest))
-        return batches
+        longest = int(self.rows.lengths_of(indices).max())
+        return [
+            self.collate(indices[places], places, ("mask", step), longest)
+            for places in self.places(step)
+        ]
+
+    def places(self, step: int) -> list[Tensor]:
+        """The places of the rows of this rank's micro-batches of ``step``. [R] each."""
+        lengths = self.rows.lengths_of(self.indices(step))
+        return list(self._places(lengths)[:, self.split.rank])
 
     def _places(self, lengths: Tensor) -> Tensor:
         """The places of a global batch, as micro-batches. [accumulation, ranks, batch_size]."""

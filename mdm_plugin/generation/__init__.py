@@ -3,6 +3,7 @@
 May import: errors, noise, models.
 """
 
+from mdm_plugin.generation.cache_gap import Moments, cache_gap
 from mdm_plugin.generation.caches import BlockCache
 from mdm_plugin.generation.decoding import Decoding
 from mdm_plugin.generation.greedy import is_greedy
@@ -23,6 +24,7 @@ __all__ = [
     "Candidates",
     "Decoding",
     "Generated",
+    "Moments",
     "Remasking",
     "Sampler",
     "SpecialTokens",
@@ -30,6 +32,7 @@ __all__ = [
     "Step",
     "Threshold",
     "TokenIds",
+    "cache_gap",
     "generate",
     "infill",
     "is_greedy",

@@ -57,6 +57,7 @@ class MaskedRows:
         self.tokens, self.attend = tokens.to(self.device), attend.to(self.device)
         self.places, self.valid = places.to(self.device), valid.to(self.device)
         self.prompt = (torch.arange(length) < prompt_lengths[:, None]).to(self.device)
+        self.held = self.valid.any(1)  # rows of the last whole forward
 
     @classmethod
     def of(cls, model: MDMTransformer, rows: list[Tensor], special: SpecialTokens) -> "MaskedRows":
@@ -105,10 +106,13 @@ class MaskedRows:
         """fp32 logits of a block's masked places, guided; −inf for the mask token. [B, n, V].
 
         Other places have zeros, and do not go through the head. Rows with nothing masked in the
-        block do not go through the model; but for ``caches``, which hold all rows.
+        block do not go through the model; with ``caches`` those of the last whole forward do, as
+        these are the rows that the caches hold.
         """
         masked = self.masked()[:, block]
-        left = masked.any(1) | (caches is not None)
+        if fresh or not caches:
+            self.held = masked.any(1)
+        left = self.held
         tokens, attend, places = self.tokens[left], self.attend[left], self.places[left]
         wanted = masked[left]
         if decoding.cfg_scale:

@@ -5,6 +5,7 @@ A step predicts every masked position; a sampler then says which of the predicti
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,23 +116,43 @@ def _write(
     late = rows.eos_id if decoding.eos_last and rows.eos_id is not None else -1  # -1: no token
     forwards = 0
     with LayerCaches(rows.model) if decoding.cache else nullcontext() as caches:
+        way = _Way(decoding, seeds, caches, late, on_step)
         for start in range(0, n, size):
             block = slice(start, start + size)
             first = rows.masked()[:, block].sum(1)
             index = 0
-            while (masked := rows.masked()[:, block]).any():
-                fresh = index % (decoding.refresh_every or n + 1) == 0
-                logits = rows.logits(block, decoding, caches, fresh)
+            while rows.masked()[:, block].any():
+                _advance(rows, way, block, first, index, steps)
                 forwards += 2 if decoding.cfg_scale else 1
-                noise = Noise(seeds, start, index)
-                candidates = propose(logits, masked, first, (index, steps), decoding, noise)
-                chosen = decoding.sampler(candidates, candidates.prediction == late) & masked
-                rows.put(chosen, candidates.prediction, block)
                 index += 1
-                if on_step:
-                    now = rows.response()
-                    on_step(Step(now, *put_step(now, block, chosen, candidates)))
     return Generated(rows.response(), forwards)
+
+
+class _Way(NamedTuple):
+    """What all steps have in common. late: the token to be chosen last; −1: none."""
+
+    decoding: Decoding
+    seeds: Sequence[int]
+    caches: LayerCaches | None
+    late: int
+    on_step: Callable[[Step], None] | None
+
+
+def _advance(
+    rows: MaskedRows, way: _Way, block: slice, first: Tensor, number: int, steps: int
+) -> None:
+    """A step of a block; ``first`` to ``steps`` as in ``Candidates``. The memory that it needs,
+    several times that of the logits, is free when it ends."""
+    decoding, masked = way.decoding, rows.masked()[:, block]
+    fresh = number % decoding.refresh_every == 0 if decoding.refresh_every else number == 0
+    logits = rows.logits(block, decoding, way.caches, fresh)
+    noise = Noise(way.seeds, block.start, number)
+    candidates = propose(logits, masked, first, (number, steps), decoding, noise)
+    chosen = decoding.sampler(candidates, candidates.prediction == way.late) & masked
+    rows.put(chosen, candidates.prediction, block)
+    if way.on_step:
+        now = rows.response()
+        way.on_step(Step(now, *put_step(now, block, chosen, candidates)))
 
 
 def _seeds(seeds: Sequence[int] | None, count: int) -> Sequence[int]:

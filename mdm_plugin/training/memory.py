@@ -137,6 +137,57 @@ def memory(cfg: DictConfig, job: Job) -> Memory:
     )
 
 
+class Writing(NamedTuple):
+    """Bytes of a rank beyond the parameters, while two answers or more are written together.
+
+    logits: of a block's places, with all that is computed from them to sample. caches: keys and
+    values. activations: of a forward over whole rows, before its logits.
+    """
+
+    logits: float
+    caches: float
+    activations: float
+
+    @property
+    def peak(self) -> float:
+        return self.caches + max(self.logits, self.activations)
+
+
+def writing(cfg: DictConfig, model: MDMTransformer, mode: Any, rows: int, length: int) -> Writing:
+    """The memory of writing ``rows`` answers, 2 or more, of ``cfg.max_new_tokens`` together.
+
+    Args:
+        cfg: with ``decoding`` and ``sampler``.
+        model: of fake tensors, of ``mode``.
+        length: of a prompt with its answer, in tokens.
+    """
+    decoding, sampler = cfg.decoding, cfg.sampler
+    views = 2 if decoding.get("cfg_scale") else 1
+    width = decoding.get("block_length") or cfg.max_new_tokens
+    # Logits as they are and by temperature, the probabilities of both, in fp32; a row's fp64 sums.
+    # To sort them takes more, and so do samplers that compare distributions.
+    each = 40 if (decoding.get("top_p") or 1) < 1 else 20 if decoding.get("top_k") else 16
+    each += 16 if sampler._component_.endswith(".Stable") else 0
+    each += 8 if sampler.get("order") == "entropy" else 0
+    logits = max(each * rows, 8 * rows + 24) * width * model.tok_embeddings.num_embeddings
+    attention, layers = model.layers[0].attn, model.layers
+    size = next(model.parameters()).element_size()
+    heads = attention.num_kv_heads * attention.head_dim
+    caches = 2 * len(layers) * views * rows * length * heads * size if decoding.get("cache") else 0
+    model.layers = layers[:2]
+    tracker = _tracker(model)
+    with mode, torch.no_grad():
+        tokens = torch.zeros(views * rows, length, dtype=torch.long)
+        mask = torch.ones(views * rows, 1, length, dtype=torch.bool)
+        places = torch.arange(views * rows * width)
+        tracker.track_external(model)
+        with tracker:
+            model(tokens, mask=mask, positions=places, head=lambda head, hidden: hidden)
+    model.layers = layers
+    kinds = _peak(tracker)
+    return Writing(logits, caches, sum(kinds.values()) - kinds["PARAM"])
+
+
 class StepBytes(NamedTuple):
     """Bytes beyond the parameters, in a step of which nothing is sharded.
 
@@ -190,14 +241,20 @@ def _fake(attend: Any, mode: FakeTensorMode) -> Any:
     return None if attend is None else mode.from_tensor(attend)
 
 
-def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> dict[str, int]:
-    """Bytes by kind at the peak of a forward and backward pass."""
-    tracker, attend = MemTracker(), _fake(noisy.attend, mode)
+def _tracker(model: MDMTransformer) -> MemTracker:
+    """A tracker that takes a model of which some is frozen."""
+    tracker = MemTracker()
     # It hooks the gradient of every parameter, also of those that have none: these are taken.
     none = torch.zeros((), requires_grad=True).register_hook(lambda grad: None)
     for p in model.parameters():
         if not p.requires_grad:
             tracker._param_to_grad_hook_handles[p] = (none, none)
+    return tracker
+
+
+def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> dict[str, int]:
+    """Bytes by kind at the peak of a forward and backward pass."""
+    tracker, attend = _tracker(model), _fake(noisy.attend, mode)
     with mode:
         tracker.track_external(model)
         with tracker:

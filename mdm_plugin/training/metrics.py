@@ -100,14 +100,18 @@ class StepMetrics:
 
         values: what else is shown of it, the same on every rank.
         """
-        for name, value in (values or {}).items():
-            self._values.setdefault(name, []).append(value)
+        self.show(values or {})
         for result in results:
             self._micro_batch(result)
         if grad_norm is not None:
             self._grad_norm = self._grad_norm + grad_norm.detach()
             self._norms += 1
         self._steps += 1
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Add figures of a step that ``step`` has counted, or will."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
 
     def report(self) -> dict[str, float]:
         """Means since the last report, over all ranks; called on every rank alike."""

@@ -27,7 +27,7 @@ from mdm_plugin.training.estimators import (
     read_estimator,
     read_objective,
 )
-from mdm_plugin.training.memory import Job, Memory, memory, nbytes
+from mdm_plugin.training.memory import Job, Memory, memory, nbytes, writing
 from mdm_plugin.training.precision import check_precision
 
 GIB = 2**30
@@ -89,11 +89,11 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     if copy := _copy(cfg, model) / shards:
         need = need._replace(parameters=need.parameters + copy, peak=need.peak + copy)
         lines.append(f"Of the parameters, the reference's copy: {copy / GIB:.2f} GiB")
+    written = 0.0
     if "prompts" in cfg:
-        writing = _writing(cfg, model, count)
-        lines.append(f"Writing {count} answers at once: {writing / GIB:.2f} GiB for their logits")
-        resting = need.parameters + need.gathered + need.optimizer
-        need = need._replace(peak=max(need.peak, resting + writing))
+        written, line = _written(cfg, job, need)
+        lines.append(line)
+        need = need._replace(peak=max(need.peak, written))
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, learnt = sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
     out = [
@@ -108,7 +108,7 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
         *lines,
         f"A checkpoint: {_saved(cfg, job, need.optimizer * shards) / GIB:.2f} GiB",
     ]
-    return "\n".join(out) + _fit(cfg, need, given)
+    return "\n".join(out) + _fit(cfg, need, given, written)
 
 
 def _rows(count: int, length: int) -> Batch:
@@ -219,14 +219,25 @@ def _of_prompts(cfg: DictConfig, tokenizer: ChatTokenizer, size: int) -> tuple[i
     ]
 
 
-def _writing(cfg: DictConfig, model: MDMTransformer, rows: int) -> int:
-    """Bytes for the logits of a block of some answers: in fp32, and what is sampled in fp64."""
-    width = cfg.decoding.get("block_length") or cfg.max_new_tokens
-    return int(rows * width * model.tok_embeddings.num_embeddings * (4 + 8))
+def _smaller(cfg: DictConfig) -> str:
+    return f"set batch_size={cfg.batch_size // 2}, and gradient_accumulation_steps to match"
 
 
-def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:
-    """A line on whether it fits the device.
+def _written(cfg: DictConfig, job: Job, need: Memory) -> tuple[float, str]:
+    """The peak while a micro-batch's answers are written, and a line on it."""
+    rows, length = job.rows.tokens.shape
+    found = writing(cfg, job.model, job.mode, rows, length)
+    resting = 0 if cfg.fsdp_cpu_offload else need.parameters + need.optimizer
+    line = (
+        f"Writing {rows} answers at once: {found.peak / GIB:.2f} GiB: logits "
+        f"{found.logits / GIB:.2f}, caches {found.caches / GIB:.2f}, activations "
+        f"{found.activations / GIB:.2f}"
+    )
+    return resting + need.gathered + found.peak, line
+
+
+def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any], written: float) -> str:
+    """A line on whether it fits the device. written: the peak while answers are written, if any.
 
     Raises:
         UserError: if it does not, with the line to change.
@@ -241,14 +252,18 @@ def _fit(cfg: DictConfig, need: Memory, given: dict[str, Any]) -> str:
     if need.peak / GIB <= room:
         return f"\nFits: {need.peak / GIB:.2f} of {room:.1f} GiB"
     passing = need.activations + need.logits
-    if need.peak - passing > room * GIB:
+    if need.peak == written and cfg.batch_size == 1:
+        advice = "set a smaller decoding.block_length, or group_size"
+    elif need.peak == written:
+        advice = _smaller(cfg)
+    elif need.peak - passing > room * GIB:
         advice = "use more ranks (tune run --nproc_per_node), or a LoRA model"
         if need.optimizer > 1.5 * need.parameters and cfg.dtype == "bf16":
             advice += ", or master_dtype=bf16 optimizer=torchao.optim.AdamW8bit"
     elif not cfg.enable_activation_checkpointing:
         advice = "set enable_activation_checkpointing=True"
     elif cfg.batch_size > 1:
-        advice = f"set batch_size={cfg.batch_size // 2}, and gradient_accumulation_steps to match"
+        advice = _smaller(cfg)
     else:
         key = "bound" if "bound" in cfg else "loss"
         advice = f"set a smaller tokenizer.max_seq_len, or {key}.chunk_size"

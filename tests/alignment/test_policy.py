@@ -10,8 +10,10 @@ from mdm_plugin.alignment import DrawPlan, add_gradient, bounds, drawn
 from mdm_plugin.alignment.bounds import token_bounds
 from mdm_plugin.alignment.estimates import Coupled, FullyMasked, GaussQuadrature, RoundedCount
 from mdm_plugin.alignment.policy import PolicyLoss
-from mdm_plugin.alignment.rewards import Reward, advantages, read_rewards, score
+from mdm_plugin.alignment.rewards import Reward, advantages, read_rewards, reward_answers
+from mdm_plugin.alignment.rollouts import Rollout
 from mdm_plugin.contract import Estimator
+from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.errors import UserError
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Complement, FixedCount
@@ -170,7 +172,7 @@ def test_a_reward_that_raises_hangs_or_gives_no_number_costs_one_answer():
 
     parts = [Reward("own", 2.0, reward), Reward("one", 1.0, lambda text, row: 1.0)]
     start = time.monotonic()
-    found = score(parts, ["ab", "raise", "hang", "nan"], [{}] * 4, timeout=0.2)
+    found = reward_answers(parts, ["ab", "raise", "hang", "nan"], [{}] * 4, timeout=0.2)
     assert time.monotonic() - start < 5
     assert found.total.isnan().tolist() == [False, True, True, True]
     assert found.total[0] == 5 and found.parts["one"].tolist() == [1.0] * 4
@@ -192,7 +194,7 @@ def test_rewards_by_name_are_functions_with_weights():
         }
     )
     row = {"entry": {"answer": "4", "question": "2 + 2 ="}}
-    found = score(read_rewards(cfg), ["Answer: 4", "four"], [row, row], timeout=5)
+    found = reward_answers(read_rewards(cfg), ["Answer: 4", "four"], [row, row], timeout=5)
     assert found.parts["form"].tolist() == [1.0, 0.0]
     assert found.parts["short"].tolist() == pytest.approx([1 - 9 / 20, 1 - 4 / 20])
     assert found.parts["sums"].tolist() == [1.0, 0.0]
@@ -222,3 +224,16 @@ def test_counts_and_complements_have_less_noise_than_the_field_s():
         spread[name] = float(toy_bounds(toy, found).var())
     assert spread["even"] < 0.5 * spread["independent"]
     assert spread["complement"] < spread["independent"]
+
+
+def test_answers_are_shown_under_their_prompts_each_with_its_reward():
+    prompts = [Prompt(f"x.jsonl:{i}", {}, [1], text) for i, text in enumerate(("2 + 2 =\n?", "b"))]
+    rows = copies(3, 4)._replace(places=torch.tensor([2, 3, 0, 1]))
+    texts = ["4\nAnswer: 4", "5", "", "*"]
+    asked = [prompts[0]] * 2 + [prompts[1]] * 2
+    rollout = Rollout([rows], [texts], [asked], 9, 1.0, 0.1, None)
+    rewards = torch.tensor([0.0, torch.nan, 1.0, 0.25])
+    first = "**prompt**\n\n    2 + 2 =\n    ?\n\n**1**\n\n    4\n    Answer: 4\n\n**0.25**\n\n    5"
+    second = "**prompt**\n\n    b\n\n**0**\n\n    \n\n**nan**\n\n    *"
+    assert rollout.markdown(rewards) == f"{first}\n\n---\n\n{second}"
+    assert rollout.markdown(rewards, most=1) == first

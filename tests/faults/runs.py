@@ -1,10 +1,12 @@
-"""Runs of the recipe in processes of their own, with faults at chosen places.
+"""Runs of a recipe in processes of their own, with faults at chosen places.
 
 A fault harness: what a run does is counted as events (a step, and each write, sync, rename and
-removal of saving), and a fault happens at the event of a given number. Processes come from a fork
-server that has already imported the recipe, so that twenty runs take seconds each.
+removal of saving; of reinforcement also each step of writing answers, and what an update consists
+of), and a fault happens at the event of a given number. Processes come from a fork server that has
+already imported the recipes, so that twenty runs take seconds each.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -29,15 +31,17 @@ class Fault(NamedTuple):
     rank: int = 0
 
 
-def arguments(data_dir, output_dir, *more) -> list[str]:
+def arguments(data_dir, output_dir, *more, recipe="mdm_full_finetune") -> list[str]:
+    """A command line: the recipe and its arguments."""
     return [
-        *("--config", str(TINY), f"data_dir={data_dir}", f"output_dir={output_dir}"),
+        *(recipe, "--config", str(TINY), f"data_dir={data_dir}", f"output_dir={output_dir}"),
         *("save_every_n_steps=4", "keep_last_n=3", *more),
     ]
 
 
 def run(given, ranks=1, fault=None, log=None, **more):
-    """Exit codes of all ranks (negative: by a signal), and rank 0's events: "step" or "save".
+    """Exit codes of all ranks (negative: by a signal), and rank 0's events: "step" or "save"; of
+    mdm_grpo "rollout" and "update" too.
 
     ``more`` goes into the environment; ``log``.RANK gets what a rank prints.
     """
@@ -75,23 +79,24 @@ def _rank(given, rank, ranks, port, fault, log, queue, more):
     import torch
 
     torch.set_num_threads(1)
-    sys.argv = ["mdm_full_finetune", *given]
-    inject(fault if fault and fault.rank == rank else None, queue if rank == 0 else None)
-    import mdm_full_finetune
+    sys.argv = given
+    recipe = importlib.import_module(given[0])
+    here = fault if fault and fault.rank == rank else None
+    inject(here, queue if rank == 0 else None, recipe=recipe)
+    recipe.main()
 
-    mdm_full_finetune.main()
 
-
-def inject(fault: Fault | None, queue=None) -> None:
-    """Count events, and have the fault happen at its own."""
+def inject(fault: Fault | None, queue=None, recipe=None) -> None:
+    """Count events of a recipe (None: mdm_full_finetune), and have the fault happen at its own."""
     import shutil
 
-    import mdm_full_finetune as recipe
     import torch
     from torch.distributed.checkpoint import filesystem
 
     from mdm_plugin.checkpoint import files
+    from mdm_plugin.generation.masked import MaskedRows
 
+    recipe = recipe or importlib.import_module("mdm_full_finetune")
     events: list[str] = []
 
     def event(kind: str) -> None:
@@ -126,7 +131,14 @@ def inject(fault: Fault | None, queue=None) -> None:
 
         setattr(owner, name, call)
 
-    counted(recipe.MDMFinetune, "train_step", "step", after=True)
+    if recipe.__name__ == "mdm_grpo":
+        kind = recipe.MDMReinforcement
+        counted(MaskedRows, "put", "rollout", after=True)
+        counted(recipe, "add_gradient", "update", after=True)  # before the optimizer's step
+        counted(kind, "policy_step", "update", after=True)
+    else:
+        kind = recipe.MDMFinetune
+    counted(kind, "train_step", "step", after=True)
     counted(files, "save_file", "save", after=True)
     counted(filesystem, "_write_item", "save", after=True)
     for owner, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree")):

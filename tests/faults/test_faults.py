@@ -138,7 +138,7 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.faults.runs import Fault, arguments, inject
 count = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 inject(Fault("kill", 120) if count < 2 and os.environ["RANK"] == "1" else None)
-sys.argv = ["x", *arguments({str(data_dir)!r}, sys.argv[1], "batch_size=4")]
+sys.argv = arguments({str(data_dir)!r}, sys.argv[1], "batch_size=4")
 import mdm_full_finetune
 mdm_full_finetune.main()
 """)
@@ -282,7 +282,7 @@ def watched(self, number):
     if number % 25 == 0:
         seen.append((process.memory_info().rss / 2**20, process.num_fds()))
 recipe.MDMFinetune.train_step = watched
-sys.argv = ["x", *{arguments(data_dir, tmp_path, "epochs=250", "save_every_n_epochs=50")!r}]
+sys.argv = {arguments(data_dir, tmp_path, "epochs=250", "save_every_n_epochs=50")!r}
 sys.argv += ["save_every_n_steps=250", "enable_async_checkpointing=True", "keep_last_n=1"]
 recipe.main()
 print("SEEN", seen)

@@ -203,6 +203,26 @@ def test_a_row_that_is_done_goes_through_the_model_no_more(model, prompts):
     assert forwards == len(rows) == max(alone) and sum(rows) == sum(alone)
 
 
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+def test_with_a_cache_a_row_that_is_done_leaves_at_the_next_block_with_the_same_text(
+    model, prompts, cfg
+):
+    options = {"block_length": 4, "cache": "dual", "cfg_scale": cfg}
+    decoding, sizes = Decoding(**options, temperature=1.5), []
+    texts = torch.tensor(written(model, prompts, 12, decoding))
+    eos = int(texts.flatten().mode().values)
+    special, views = IDS._replace(eos_id=eos), 2 if cfg else 1
+    hook = model.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape))
+    with hook:
+        whole = written(model, prompts, 12, decoding, special)
+    fresh = [rows for rows, length in sizes if length > 4]
+    first = [x.index(eos) if eos in x else 12 for x in texts.tolist()]
+    assert fresh == [views * sum(end >= start for end in first) for start in (0, 4, 8)]
+    assert fresh[2] < fresh[0]
+    for i, prompt in enumerate(prompts[:10]):
+        assert written(model, [prompt], 12, decoding, special, seeds=[i]) == [whole[i]]
+
+
 def test_random_order_and_temperature_are_each_row_s_own(model, prompts):
     """A row's noise depends on its seed alone: not on the batch that it is in."""
     decoding = Decoding(steps=6, sampler=Remasking("random"), temperature=0.8, top_k=20, top_p=0.9)

@@ -48,9 +48,36 @@ def test_two_ranks_and_accumulation_are_the_run_of_one_rank(grpo, tmp_path):
         assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
 
 
+def test_with_a_cache_the_gap_to_the_model_is_shown_and_is_nothing_where_all_is_fresh(
+    grpo, tmp_path
+):
+    """On two ranks as on one; without a cache there is nothing to show."""
+    blocks = ("decoding.cache=dual", "decoding.block_length=4", "decoding.steps=8")
+    kinds = {
+        "none": (),
+        "fresh": (*blocks, "decoding.refresh_every=1"),
+        "kept": blocks,
+        "ranks": (*blocks, "batch_size=2"),
+    }
+    shown = {}
+    for name, given in kinds.items():
+        launch = TWO_RANKS if name == "ranks" else ()
+        done = grpo(*given, out=name, launch=launch, steps=2)
+        assert ("rollout/cache_gap shows how near it is" in done.stdout) == (name != "none")
+        shown[name] = scalars(tmp_path / name)
+    assert "rollout/cache_gap" not in shown["none"]
+    assert max(shown["fresh"]["rollout/cache_gap"]) < 1e-6
+    assert min(shown["kept"]["rollout/cache_gap"]) > 1e-5
+    for name in ("rollout/cache_gap", "reward/mean"):
+        assert shown["ranks"][name] == pytest.approx(shown["kept"][name], rel=1e-4)
+
+
 def test_later_updates_move_the_policy_away_from_the_one_that_answered(grpo, tmp_path):
     grpo("updates=3", "share_noise=False", out="three")
-    assert all(x != 1.0 for x in scalars(tmp_path / "three")["policy/ratio"][1:])
+    shown = scalars(tmp_path / "three")
+    assert all(x != 1.0 for x in shown["policy/ratio"][1:])
+    assert len(shown["rollout/share_of_step"]) == 3
+    assert all(0 < x < 1 for x in shown["rollout/share_of_step"])
 
 
 def test_a_stopped_run_samples_the_same_answers_and_is_bit_equal(grpo, tmp_path):
@@ -80,9 +107,47 @@ def test_answers_that_are_all_as_good_teach_nothing_and_the_run_goes_on(grpo, tm
     shown = scalars(tmp_path / "run")
     assert shown["reward/groups_that_differ"] == [0.0] * 3 and "train/grad_norm" not in shown
     grpo("updates=1", steps=1, rewards=NEVER, out="short")
+    grpo(
+        "equal_groups=skip",
+        "loss.kl=k2",
+        "loss.kl_weight=0.1",
+        "reference=model",
+        rewards=NEVER,
+        steps=1,
+        out="skipped",
+    )
+    assert "train/grad_norm" not in scalars(tmp_path / "skipped")
     first = load_file(tmp_path / "short/step_1/model.safetensors")
     last = load_file(tmp_path / "run/step_3/model.safetensors")
     assert all(torch.equal(first[key], last[key]) for key in first)
+
+
+FEW = (f"rewards.few._component_={REWARDS}.matches", "rewards.few.pattern=.*a.*")
+
+
+def test_skipped_groups_leave_the_loss_the_mean_over_the_others(grpo, tmp_path):
+    """By plain arithmetic: at the first update the others' answers have an advantage of 0, so the
+    gradient is that of keeping them, times (all groups)/(groups that differ). And on two ranks."""
+    plain = ("updates=1", "optimizer=torch.optim.SGD", "optimizer.lr=0.1", "clip_grad_norm=null")
+    skip = ("equal_groups=skip", *plain)
+    grpo(*plain, rewards=FEW, steps=1, out="keep")
+    grpo(*skip, rewards=FEW, steps=1, out="skip")
+    keep, one = scalars(tmp_path / "keep"), scalars(tmp_path / "skip")
+    share = keep["reward/groups_that_differ"][0]
+    assert share in (0.25, 0.5, 0.75) and one["reward/groups_that_differ"] == [share]
+    assert one["train/grad_norm"][0] == pytest.approx(keep["train/grad_norm"][0] / share, rel=1e-5)
+    assert one["policy/ratio"] == [1.0]  # a mean over those that count
+    few = ("batch_size=1", "gradient_accumulation_steps=2")
+    more = ("updates=2", "loss.kl=k2", "loss.kl_weight=0.1", "reference=model")
+    shown = []
+    for name, given, launch in (("whole", (), ()), ("ranks", few, TWO_RANKS)):
+        grpo(*skip, *more, *given, rewards=FEW, launch=launch, out=name)
+        shown.append(scalars(tmp_path / name))
+    assert 0 < min(shown[0]["reward/groups_that_differ"]) < 0.5
+    assert shown[0]["policy/kl_to_reference"][-1] > 0
+    for name in shown[0]:
+        if name.startswith(("train/loss", "train/grad_norm", "policy/", "reward/")):
+            assert shown[1][name] == pytest.approx(shown[0][name], rel=1e-5, abs=1e-7), name
 
 
 def test_rewards_that_fail_cost_their_answers_and_too_many_end_the_run(grpo, tmp_path):
@@ -141,6 +206,7 @@ WRONG = {
     "no room for answers": (["max_new_tokens=90"], "max_new_tokens: 90 after a prompt of"),
     "no prompts": (["prompts=nowhere.jsonl"], "nowhere.jsonl does not exist"),
     "no questions": (["run_val_every_n_steps=1"], "run_val_every_n_steps: set, and there are no"),
+    "groups to be": (["equal_groups=drop"], "equal_groups: drop: use keep or skip"),
     "no patience": (["reward_timeout=0"], "reward_timeout, max_failed_rewards: use more than 0"),
 }
 

@@ -7,12 +7,20 @@ import sys
 import time
 
 import pytest
+import torch
+from omegaconf import DictConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtune.training import set_default_dtype
 
 from mdm_plugin.cli import recipe_of
 from mdm_plugin.config.loading import config_names, find_config, load_config
-from mdm_plugin.config.options import Options
+from mdm_plugin.config.options import GRPOOptions, Options
 from mdm_plugin.errors import UserError
+from mdm_plugin.generation import Decoding, Remasking, Stable, TokenIds, generate
+from mdm_plugin.models import dream
+from mdm_plugin.training.memory import writing
 from mdm_plugin.training.plan import GIB, plan
+from tests.alignment.test_bounds import Peak
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
@@ -120,6 +128,75 @@ print("MEASURED", (peak - before) / 2**30)
     measured = float(re.search(r"MEASURED ([\d.]+)", done.stdout)[1])
     print(case, planned, measured)
     assert measured == pytest.approx(planned, rel=0.15)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WRITTEN = {
+    "plain": {},
+    "bf16": {"dtype": "bf16"},
+    "two answers": {"rows": 2},
+    "top-p": {"top_p": 0.9},
+    "top-k": {"top_k": 50},
+    "a block, guided": {"block_length": 4, "cfg_scale": 1.0},
+    "settled": {"sampler": Stable()},
+    "entropy": {"sampler": Remasking("entropy")},
+    "cached": {"block_length": 2, "cache": "dual", "vocab_size": 400, "prompt": 200},
+    "long prompts": {"block_length": 2, "vocab_size": 400, "prompt": 200},
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_the_memory_of_writing_answers_is_that_of_tensors_alive_at_once(case):
+    given = {"rows": 4, "dtype": "fp32", "vocab_size": 20000, "prompt": 8, **WRITTEN[case]}
+    rows, dtype, words, prompt = (given.pop(x) for x in ("rows", "dtype", "vocab_size", "prompt"))
+    dtype, sampler, n = DTYPES[dtype], given.get("sampler"), 16
+
+    def build():
+        with set_default_dtype(dtype):
+            return dream(words, 3, 4, 2, 64, 128, prompt + n).eval()
+
+    net = build()
+    with Peak() as peak:
+        for parameter in net.parameters():
+            peak.add(parameter.untyped_storage())
+        own = peak.alive
+        decoding = Decoding(temperature=1.0, **given)
+        generate(net, [[5] * prompt] * rows, decoding, special=TokenIds(1, 0), max_new_tokens=n)
+    name = f"mdm_plugin.generation.{type(sampler).__name__}" if sampler else "Remasking"
+    sampler_cfg = {"_component_": name, **({"order": "entropy"} if case == "entropy" else {})}
+    options = {k: v for k, v in given.items() if k != "sampler"}
+    cfg = DictConfig({"decoding": options, "sampler": sampler_cfg, "max_new_tokens": n})
+    mode = FakeTensorMode()
+    with mode:
+        fake = build()
+    found = writing(cfg, fake, mode, rows, prompt + n)
+    print(case, found, peak.peak - own)
+    assert found.peak == pytest.approx(peak.peak - own, rel=0.15)
+
+
+def test_a_rollout_s_answers_are_counted_and_refused_with_the_line_to_change():
+    """LLaDA-8B: 8 answers to each of 4 prompts at once, in blocks of 32."""
+
+    def planned(gib, *overrides):
+        given = [f"dry_run={{ranks: 8, device_gib: {gib}}}", "prompts=none.jsonl"]
+        given += ["batch_size=4", "global_batch_size=32", "tokenizer.max_seq_len=512", *overrides]
+        return plan(load_config("llada/8B_lora_grpo", given, GRPOOptions), None)
+
+    pattern = r"Writing 32 answers at once: ([\d.]+) GiB: logits ([\d.]+), caches ([\d.]+)"
+    cached = re.search(pattern, planned(200, "decoding.cache=dual"))
+    peak, logits, caches = map(float, cached.groups())
+    assert logits == pytest.approx(16 * 32 * 32 * 126464 / GIB, abs=0.01)
+    # Keys and values, layers, rows, tokens, in bf16.
+    assert caches == pytest.approx(2 * 32 * 32 * 512 * 4096 * 2 / GIB, abs=0.01)
+    assert peak >= caches + logits - 0.01
+    whole = ["decoding.block_length=256", "decoding.steps=256"]
+    need = table(planned(200, *whole))
+    resting = need["parameters"] + need["gathered"] + need["optimizer"]
+    assert need["peak"] == pytest.approx(resting + 8 * logits, abs=0.02)
+    with pytest.raises(UserError, match="batch_size=2, and gradient_accumulation_steps"):
+        planned(need["peak"] - 1, *whole)
+    with pytest.raises(UserError, match=r"set a smaller decoding.block_length"):
+        planned(10, *whole, "batch_size=1", "decoding.top_p=0.9")
 
 
 def test_offloading_and_gathering_once_are_counted():
