@@ -153,7 +153,7 @@ def sizes(node: ast.FunctionDef) -> tuple[int, int]:
 
 # Builders that a config calls: their parameters are the config's keys, flat as in torchtune's own.
 BUILDERS = {"chat_dataset", "instruct_dataset", "text_dataset", "preference_dataset"}
-BUILDERS |= {"llada", "dream"}
+BUILDERS |= {"llada", "dream", "qwen3", "lora_qwen3", "lora_sdar_4b"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda x: str(x.relative_to(PACKAGE)))

@@ -67,13 +67,9 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     accumulation = cfg.gradient_accumulation_steps
     if cfg.global_batch_size:
         accumulation = max(1, cfg.global_batch_size // (cfg.batch_size * ranks))
-    estimator, mode = read_estimator(cfg, mask_id=0), FakeTensorMode()
-    estimator = estimator._replace(w=read_objective(cfg)(0.0))
+    mode = FakeTensorMode()
     model = _fake_model(cfg, adapters, mode)
-    check_estimator(estimator, is_causal(model))
-    if model.block_length:
-        blocks = Blocks(model.block_length, cfg.blocks_share_t)
-        estimator = estimator._replace(blocks=blocks)
+    estimator = _estimator(cfg, model)
     check_precision(cfg)
     count = cfg.batch_size * (cfg.group_size if "prompts" in cfg else together)
     size = count * ranks * accumulation
@@ -109,6 +105,16 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
         f"A checkpoint: {_saved(cfg, job, need.optimizer * shards) / GIB:.2f} GiB",
     ]
     return "\n".join(out) + _fit(cfg, need, given, written)
+
+
+def _estimator(cfg: DictConfig, model: MDMTransformer) -> Estimator:
+    """The config's, for the model, at the start of training."""
+    size = model.block_length
+    estimator = read_estimator(cfg, mask_id=0)._replace(
+        w=read_objective(cfg)(0.0), blocks=Blocks(size, cfg.blocks_share_t) if size else None
+    )
+    check_estimator(estimator, is_causal(model))
+    return estimator
 
 
 def _rows(count: int, length: int) -> Batch:
