@@ -96,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=8, help="of 8 right and 8 wrong answers")
+    parser.add_argument("--batches", type=int, default=4, help="of 8 right and 8 wrong answers")
     parser.add_argument("--hidden", type=int, default=64, help="prompts that d1 draws")
     given = parser.parse_args()
     quickstart = Quickstart()

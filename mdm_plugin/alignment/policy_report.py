@@ -15,12 +15,13 @@ from mdm_plugin.variance import Estimate, quotient
 class Seen(NamedTuple):
     """What an estimator saw of G batches, each with two sets of answers.
 
-    means: [G, 2, D], the gradient in the mean over looks, this rank's part. noise: [G, 2], its
-    variance over looks. masks: [G, 2], of that what masks alone do. change: [G, 2], variance of Δ,
-    the mean over ratios. clipped: [G, 2], their clipped share.
+    means: [G, 2, D], the gradient in the mean over looks, this rank's part. own_noise: [G, 2], its
+    variance. noise: [G, 2], that of a single look. masks: [G, 2], of that what masks alone do.
+    change: [G, 2], variance of Δ, the mean over ratios. clipped: [G, 2], their clipped share.
     """
 
     means: Tensor
+    own_noise: Tensor
     noise: Tensor
     masks: Tensor
     change: Tensor
@@ -42,11 +43,11 @@ class Parts(NamedTuple):
     common: Tensor
 
 
-def parts(seen: Seen, first: Seen, repeats: int, world: World) -> Parts:
+def parts(seen: Seen, first: Seen, world: World) -> Parts:
     """The parts of the variance of an estimator, and what it has in common with another, whose
     noise has nothing to do with its own; ``seen`` itself may be given."""
-    means, noise = seen.means.double(), seen.noise.mean(1)
-    count, own = len(means), noise / repeats  # of a mean over looks
+    means, own = seen.means.double(), seen.own_noise.mean(1)
+    count = len(means)
     apart = (means[:, 0] - means[:, 1]).square().sum(1) / 2
     centred = means - means.mean(0)
     together = centred.prod(1).sum(1) * count / (count - 1)
@@ -57,7 +58,7 @@ def parts(seen: Seen, first: Seen, repeats: int, world: World) -> Parts:
     )
     signal = length - own
     return Parts(
-        noise=noise,
+        noise=seen.noise.mean(1),
         masks=seen.masks.mean(1),
         answers=apart - own,
         prompts=together,
@@ -103,7 +104,7 @@ def write_policy(
     Called on every rank. seen, forwards: by the estimators' names, the first of which is the unit.
     """
     names, own = list(seen), cfg.policy
-    found = {x: parts(seen[x], seen[names[0]], own.repeats, world) for x in names}
+    found = {x: parts(seen[x], seen[names[0]], world) for x in names}
     first = found[names[0]]
     rows: list[dict[str, Any]] = []
     for name in names:

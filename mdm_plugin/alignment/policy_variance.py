@@ -1,7 +1,8 @@
 """How noisy is the policy's gradient, and where does the noise come from? For ``mdm_variance``.
 
 To each of G batches of prompts the model writes answers twice. At both sets of answers, with their
-advantages, each estimator looks K times, with other noise each time. The gradient f of a look has
+advantages, each estimator looks K times, with other t each time, and twice at each t, with other
+masks. The gradient f of a look has
 
     Var(f) = A + B + S + C
     A, masks:    E Var(f | prompts, answers, t)
@@ -9,8 +10,8 @@ advantages, each estimator looks K times, with other noise each time. The gradie
     S, answers:  E Var(E[f | prompts, answers] | prompts)
     C, prompts:  Var(E[f | prompts])
 
-(traces of covariances), each estimated without bias: A + B by the variance over the looks, A by a
-look with the same t and other masks, S by how far the two sets' means are apart, less their noise,
+(traces of covariances), each estimated without bias: A by the two looks at the same t, B + A/2 by
+the variance of their means over t, S by how far the two sets' means are apart, less their noise,
 and C by their covariance over batches. A and B are the estimate's; S and C all estimates have.
 
 An estimate that is biased has another mean, and so another scale: its noise can be small because
@@ -219,22 +220,25 @@ class PolicyVariance:
                     own.copy_(old)
 
     def _looks(self, candidate: Candidate, judged: Judged, key: Key) -> Seen:
-        """Of one set of answers: the mean gradient of K looks, and the parts of their noise."""
-        world, gradients, changes, clipped = self.world, Spread(), Spread(), []
+        """Of one set of answers: the mean gradient of the looks, and the parts of their noise."""
+        world, pairs, changes, clipped = self.world, Spread(), Spread(), []
         masks = torch.zeros((), dtype=torch.float64)
-        for k in range(self.cfg.policy.repeats):
-            look = self._look(candidate, judged, ("look", *key, k), None)
-            gradients.add(look.gradient)
-            changes.add(look.change)
-            clipped.append(look.clipped.mean())
-            if k == 0:
-                again = self._look(candidate, judged, ("look", *key, k), ("masks", *key))
-                masks = (again.gradient - look.gradient).double().square().sum().cpu() / 2
+        repeats = self.cfg.policy.repeats
+        for k in range(repeats):
+            one = self._look(candidate, judged, ("look", *key, k), None)
+            other = self._look(candidate, judged, ("look", *key, k), ("masks", *key, k))
+            pairs.add((one.gradient + other.gradient) / 2)
+            masks += (one.gradient - other.gradient).double().square().sum().cpu() / 2
+            changes.add(one.change)
+            clipped.append(one.clipped.mean())
+        masks, between = world.sum(masks).cpu() / repeats, pairs.variance(world)
+        noise = between + masks / 2
         count = world.sum(torch.tensor(float(self._terms(candidate, judged)))).cpu()
         return Seen(
-            means=gradients.mean.cpu(),
-            noise=gradients.variance(world),
-            masks=world.sum(masks).cpu(),
+            means=pairs.mean.cpu(),
+            own_noise=between / repeats,
+            noise=noise,
+            masks=masks if candidate.estimator.masking.uses_t else noise,
             change=changes.variance(world) / count,
             clipped=world.sum(torch.stack(clipped).mean()).cpu() / world.size,
         )

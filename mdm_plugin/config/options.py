@@ -157,7 +157,7 @@ class PolicyNoise:
     by_deviation: bool = False  # divide advantages by their group's standard deviation
     leave_one_out: bool = False  # compare an answer with the mean of the others
     draws: int = 4  # forwards that each bound is estimated from; estimators may have their own
-    repeats: int = 4  # looks at the same answers by each estimator, with other noise
+    repeats: int = 3  # pairs of looks at the same answers by each estimator, with other noise
     # The model has made a step so long along the first estimator's gradient since it answered, and
     # its ratios are not 1; 0: the first update after the answers.
     step: float = 0.0

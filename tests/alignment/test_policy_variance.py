@@ -128,13 +128,15 @@ def test_parts_are_those_of_gradients_whose_parts_are_known():
         return own + noise(scale * masks, batches, 2), own + noise(scale * masks, batches, 2)
 
     def seen(factor, scale):
-        looks = [tuple(factor * x for x in look(scale)) for _ in range(repeats)]
-        stack = torch.stack([x[0] for x in looks])
-        first = (looks[0][0] - looks[0][1]).square().sum(2) / 2
-        return Seen(stack.mean(0), stack.var(0).sum(2), first, first, first)
+        looks = [[factor * x for x in look(scale)] for _ in range(repeats)]
+        pairs = torch.stack([(x + y) / 2 for x, y in looks])
+        within = sum((x - y).square().sum(2) / 2 for x, y in looks) / repeats
+        between = pairs.var(0).sum(2)
+        noise = between + within / 2
+        return Seen(pairs.mean(0), between / repeats, noise, within, within, within)
 
     one, twice = seen(1.0, 1.0), seen(2.0, 0.5)
-    own = parts(one, one, repeats, WORLD)
+    own = parts(one, one, WORLD)
     expected = {
         "noise": size * (rates**2 + masks**2),
         "masks": size * masks**2,
@@ -145,7 +147,7 @@ def test_parts_are_those_of_gradients_whose_parts_are_known():
     for key, value in expected.items():
         assert float(own._asdict()[key].mean()) == pytest.approx(value, rel=0.1), key
     # One of twice the size and half the deviation: as much noise, a quarter of it by its signal.
-    found = record(parts(twice, one, repeats, WORLD), own, forwards=1.5)
+    found = record(parts(twice, one, WORLD), own, forwards=1.5)
     assert found["equal_forwards"].value == pytest.approx(1.5, rel=0.1)
     assert found["equal_forwards_by_signal"].value == pytest.approx(1.5 / 4, rel=0.1)
     assert found["direction"].value == pytest.approx(1, abs=0.02)
