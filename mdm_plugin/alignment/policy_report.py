@@ -71,8 +71,10 @@ def record(own: Parts, first: Parts, forwards: float) -> dict[str, Any]:
     """An estimator's figures; ``forwards``: how many it has for one of the first's.
 
     ``bias``: ‖E f − E f_first‖ by ‖E f_first‖, given the answers; negative where the noise leaves
-    less than nothing of it: the root has the sign of what it is taken of.
+    less than nothing of it: the root has the sign of what it is taken of. What is by the
+    estimator's own signal is None where that is not seen above its noise.
     """
+    heard = quotient([own.signal], [first.signal]).low > 0
     gap = quotient([own.signal + first.signal - 2 * own.common], [first.signal])
     angle = quotient([own.common, own.common], [own.signal, first.signal])
     return {
@@ -86,9 +88,11 @@ def record(own: Parts, first: Parts, forwards: float) -> dict[str, Any]:
         "equal_forwards": quotient([forwards * own.noise], [first.noise]),
         "equal_forwards_by_signal": quotient(
             [forwards * own.noise, first.signal], [first.noise, own.signal]
-        ),
+        )
+        if heard
+        else None,
         "bias": Estimate(*(_root(x) for x in gap)),
-        "direction": Estimate(*(_root(x) for x in angle)),
+        "direction": Estimate(*(_root(x) for x in angle)) if heard else None,
     }
 
 
@@ -126,8 +130,8 @@ def write_policy(
     for r in rows:
         kinds = ("masks_A", "rates_B", "answers_S", "prompts_C")
         line = [r["estimator"], str(r["forwards"]), *(f"{r[x] / unit:.2f}" for x in kinds)]
-        line += [interval(r[x]) for x in ("equal_forwards", "equal_forwards_by_signal")]
-        line += [interval(r[x]) for x in ("direction", "bias")]
+        ratios = ("equal_forwards", "equal_forwards_by_signal", "direction", "bias")
+        line += [interval(r[x]) if r[x] else "not seen" for x in ratios]
         line += [f"{r['ratio_deviation']:.3g}", f"{r['clipped']:.1%}"] if own.step else []
         lines.append(line)
     return (

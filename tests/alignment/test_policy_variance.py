@@ -152,6 +152,9 @@ def test_parts_are_those_of_gradients_whose_parts_are_known():
     assert found["equal_forwards_by_signal"].value == pytest.approx(1.5 / 4, rel=0.1)
     assert found["direction"].value == pytest.approx(1, abs=0.02)
     assert found["bias"].value == pytest.approx(1, abs=0.05)  # ‖2g − g‖/‖g‖
+    silent = parts(one._replace(means=torch.zeros_like(one.means)), one, WORLD)
+    lost = record(silent, own, forwards=1.0)
+    assert lost["direction"] is None and lost["equal_forwards_by_signal"] is None
     itself = record(own, own, forwards=1.0)
     assert itself["bias"] == (0, 0, 0) and itself["direction"] == (1, 1, 1)
 
