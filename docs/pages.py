@@ -120,7 +120,13 @@ def options_page(recipe: str) -> str:
     found = re.search(r"^@parse\((\w+)\)", source, re.M)
     assert found is not None, f"{recipe} does not say which options it takes"
     page = [f"# {recipe}", text, "## Options", "A key without a default must be given."]
-    for group in option_groups(OPTIONS.read_text(), found[1]):
+    groups = option_groups(OPTIONS.read_text(), found[1])
+    for option in [x for group in groups for x in group.options]:
+        kind = option.type.split(" ")[0]
+        if f"class {kind}:" in OPTIONS.read_text():  # its own keys
+            inner = [x for group in option_groups(OPTIONS.read_text(), kind) for x in group.options]
+            groups.append(Group(f"Within {option.name}", inner))
+    for group in groups:
         page += [f"**{plain(group.title)}**"] if group.title else []
         rows = ["| key | type | default | |", "|---|---|---|---|"]
         for x in group.options:

@@ -18,6 +18,7 @@ f on other rows altogether. ½E‖f − f_m'‖² = A, ½E‖f − f_t'm''‖² 
 f and f_t'm'' over batches is C. The fourth measures the total by itself.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,12 +135,15 @@ def ratio(contributed: Tensor, standard: Tensor, factor: float = 1.0) -> Estimat
     rows) cancels. ``factor`` 1 compares at equal rows; the number of forwards per row, or the
     ratio of times, at equal forwards, or time: in the same budget there are as many fewer rows.
     """
-    weights = _resamples(len(contributed))
+    return quotient([factor * _parts(contributed)[:, -1]], [_parts(standard)[:, -1]])
 
-    def variance(x: Tensor) -> Tensor:
-        return _parts(x)[..., -1]
 
-    value = variance(contributed.mean(0)) / variance(standard.mean(0))
-    return _estimate(
-        factor * value, factor * variance(weights @ contributed) / variance(weights @ standard)
-    )
+def quotient(over: Sequence[Tensor], under: Sequence[Tensor]) -> Estimate:
+    """The product of some means over the product of others, of G ≥ 2 batches, [G] each.
+
+    The bootstrap takes all of them from the same batches, so that what they share cancels.
+    """
+    weights = _resamples(len(over[0]))
+    above, below = (torch.stack(list(x)).double() for x in (over, under))
+    value = above.mean(1).prod() / below.mean(1).prod()
+    return _estimate(value, (above @ weights.T).prod(0) / (below @ weights.T).prod(0))

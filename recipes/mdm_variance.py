@@ -7,7 +7,8 @@ For a model, a data set and a list of estimators: the variance of the loss and o
 split into A (masking pattern), B (masking rate) and C (data), with 95 % intervals
 (``mdm_plugin/variance.py``). Ctrl-C ends it with what has been measured so far. With
 ``preferences``, of the score and the gradient that mdm_dpo estimates
-(``mdm_plugin/alignment/score_variance.py``).
+(``mdm_plugin/alignment/score_variance.py``); with ``policy``, of the gradient that mdm_grpo
+estimates from the model's own answers (``mdm_plugin/alignment/policy_variance.py``).
 
 Every option with its default: ``VarianceOptions`` in ``mdm_plugin/config/options.py``.
 """
@@ -26,6 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from mdm_plugin.alignment.policy_variance import PolicyVariance
 from mdm_plugin.alignment.score_variance import PreferenceVariance
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
@@ -103,6 +105,8 @@ class MDMVariance:
 
     def _check_sizes(self) -> None:
         cfg = self.cfg
+        if cfg.dataset is None:
+            raise UserError("dataset: missing: name the rows to measure on")
         if not 0 <= cfg.progress <= 1:
             raise UserError(f"progress: {cfg.progress}: use 0, the start of training, up to 1")
         for key in ("batch_size", "batches", "projection"):
@@ -306,10 +310,13 @@ def main(cfg: DictConfig) -> None:
     """Measure the variance of estimators of the masked diffusion objective."""
     instantiate(cfg, "prepare")
     with distributed(cfg.device, cfg.data_parallel_shard_dim) as world:
-        if cfg.preferences is not None:
-            of_preferences = PreferenceVariance(cfg, world)
-            of_preferences.setup()
-            return of_preferences.measure()
+        if cfg.preferences is not None and cfg.policy is not None:
+            raise UserError("preferences, policy: measure one of them at a time")
+        if cfg.preferences is not None or cfg.policy is not None:
+            kind = PreferenceVariance if cfg.policy is None else PolicyVariance
+            of_answers = kind(cfg, world)
+            of_answers.setup()
+            return of_answers.measure()
         recipe = MDMVariance(cfg, world)
         recipe.setup()
         recipe.output_dir.mkdir(parents=True, exist_ok=True)

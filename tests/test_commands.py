@@ -181,8 +181,8 @@ def tune(words: list[str], place: Path, new: bool = False) -> Path:
     if config == "my.yaml":
         packaged = {"mdm_eval": "quickstart_eval"}.get(recipe, "quickstart")
         shutil.copy(ROOT / f"configs/{packaged}.yaml", place / config)
-    if recipe in ("mdm_dpo", "mdm_grpo") or config == "quickstart_dpo_variance":
-        # tests/test_journey_alignment.py and tests/recipes/test_dpo.py run them, so cut.
+    if recipe in ("mdm_dpo", "mdm_grpo") or config.endswith(("dpo_variance", "grpo_variance")):
+        # tests/test_journey_alignment.py and tests/recipes/ run them, so cut.
         load_config(config, given, OPTIONS[recipe])
         return place
     # What was run before, from another file or to another place, is read alone.

@@ -143,6 +143,10 @@ def test_a_recipe_s_page_has_the_options_of_its_class(recipe):
     cls = {"mdm_variance": CLASSES[1], "mdm_generate": CLASSES[2], "mdm_eval": CLASSES[3]}
     for field in dataclasses.fields(cls.get(recipe, CLASSES[0])):
         assert f"\n| `{field.name}` | " in page
+    within = options.PolicyNoise if recipe == "mdm_variance" else None
+    assert ("**Within policy**" in page) == (within is not None)
+    for field in dataclasses.fields(within) if within else ():
+        assert f"\n| `{field.name}` | " in page.partition("**Within policy**")[2]
     assert all(len(re.findall(r"(?<!\\)\|", x)) == 5 for x in page.splitlines() if x[:1] == "|")
 
 

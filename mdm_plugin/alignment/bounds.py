@@ -57,7 +57,13 @@ class Drawn(NamedTuple):
     length: int
 
 
-def drawn(batch: Batch, estimator: Estimator, draws: DrawPlan, key: tuple[int | str, ...]) -> Drawn:
+def drawn(
+    batch: Batch,
+    estimator: Estimator,
+    draws: DrawPlan,
+    key: tuple[int | str, ...],
+    masks: tuple[int | str, ...] | None = None,
+) -> Drawn:
     """A micro-batch corrupted D times, by noise that is a function of (seed, key, draw, place).
 
     To the sampler of t, a sequence's D draws are a global batch of their own. So stratified draws
@@ -67,6 +73,7 @@ def drawn(batch: Batch, estimator: Estimator, draws: DrawPlan, key: tuple[int | 
         batch: its own noise is not used.
         estimator: its objective's w is the one to be estimated: 1 for a bound of the likelihood.
         key: what the draws are for, e.g. ``("mask", step)``.
+        masks: the key of the masks alone, where they are to be others at the same t.
     """
     noise = batch.places // draws.shared
     each = []
@@ -82,7 +89,8 @@ def drawn(batch: Batch, estimator: Estimator, draws: DrawPlan, key: tuple[int | 
             torch.stack([x.weight[d] for x in each]),
             each[0].density,
         )
-        u = keyed_uniform(draws.seed, *key, d, places=noise, length=batch.tokens.shape[1])
+        of = key if masks is None else masks
+        u = keyed_uniform(draws.seed, *of, d, places=noise, length=batch.tokens.shape[1])
         noisy = corrupt(batch._replace(u=u, places=own), times, estimator)
         found.append(noisy._replace(places=batch.places[noisy.places]))
     return Drawn(found, batch.eligible.sum(1), batch.places, batch.tokens.shape[1])

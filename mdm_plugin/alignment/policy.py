@@ -5,6 +5,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mdm_plugin.contract import Masking
+from mdm_plugin.errors import UserError
+
 
 class PolicyTerms(NamedTuple):
     """Of R sequences, each a sum that is to be divided by the number of all sequences.
@@ -103,4 +106,17 @@ class PolicyLoss:
             (clipped * weight).sum(1).detach(),
             (ratio * weight).sum(1).detach(),
             (divergence * weight).sum(1).detach(),
+        )
+
+
+def check_ratio(loss: PolicyLoss, masking: Masking, key: str) -> None:
+    """Refuse ratios of tokens whose estimates have no bounded weight.
+
+    Raises:
+        UserError: naming the ``key`` of the loss.
+    """
+    if loss.by_token and masking.by_count:
+        raise UserError(
+            f"{key}.ratio: token with {type(masking).__name__}, whose tokens have the "
+            "weight N over the count: their ratios explode: use sequence, or the masking Coupled"
         )

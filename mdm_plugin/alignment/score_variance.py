@@ -5,18 +5,23 @@ the K looks the score of a preference has a variance, and the batch's gradient h
 its covariance): all of it is noise of the bounds, as the answers stay the same.
 """
 
-import csv
-import json
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdm_plugin.alignment.bounds import Drawn, DrawPlan, add_gradient, bounds, drawn, everywhere
+from mdm_plugin.alignment.looks import (
+    Spread,
+    check_options,
+    interval,
+    load,
+    read_estimator,
+    table,
+    write_rows,
+)
 from mdm_plugin.alignment.preferences import check_loss, compare
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator, Times, TimestepSampler
@@ -25,14 +30,10 @@ from mdm_plugin.density import Density
 from mdm_plugin.distributed.gradients import folded_gradient
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation.inference import measured_model
-from mdm_plugin.models import MDMTransformer
-from mdm_plugin.noise import keyed_generator
 from mdm_plugin.training.checks import check_data, check_examples
-from mdm_plugin.training.estimators import as_estimator, check_estimator, is_causal
 from mdm_plugin.training.probe import fit, fit_line, probe, probe_due
+from mdm_plugin.variance import quotient
 
-KEYS = {"timesteps", "masking", "noise", "draws"}
 NOISE = ("own", "answers", "apart")
 
 
@@ -69,22 +70,12 @@ class PreferenceVariance:
 
     def __init__(self, cfg: DictConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
-        self.directory = Path(cfg.output_dir).expanduser()
 
     def setup(self) -> None:
         cfg, world, own = self.cfg, self.world, self.cfg.preferences
-        known = {"loss", "reference", "draws", "repeats", "sft_weight"}
-        if set(own) - known or not {"loss", "reference"} <= set(own):
-            raise UserError(
-                f"preferences: give loss and reference, a checkpointer, and of {sorted(known)} "
-                "what differs"
-            )
-        if cfg.objective is not None:
-            raise UserError("objective: preferences compare bounds of the likelihood: leave it out")
-        self.repeats = int(own.get("repeats", 8))
-        if self.repeats < 2:
-            raise UserError(f"preferences.repeats: {self.repeats}: use 2 or more")
-        self.sft_weight = float(own.get("sft_weight", 0.05))
+        check_options(cfg, "preferences", own)
+        if cfg.dataset is None:
+            raise UserError("dataset: missing: name the preferences to measure on")
         self.loss: nn.Module = check_loss(instantiate(own, "loss", where="preferences."))
         tokenizer = instantiate(cfg, "tokenizer")
         rows = instantiate(cfg, "dataset", tokenizer)
@@ -101,34 +92,22 @@ class PreferenceVariance:
                 f"batches: {cfg.batches}: the data has {self.batches.steps_per_epoch} of "
                 f"{self.batches.size // 2} preferences"
             )
-        self.model = self._model(cfg, "")
-        self.reference = self._model(own, "preferences.", "reference").eval()
+        self.model = load(cfg, world, instantiate(cfg, "checkpointer"))
+        reference = instantiate(own, "reference", where="preferences.")
+        self.reference = load(cfg, world, reference).eval()
         check_data(self.model, tokenizer, rows)
-        self.candidates = [
-            self._candidate(str(name), parts, tokenizer.mask_id)
-            for name, parts in cfg.estimators.items()
-        ]
+        self.candidates = [self._candidate(str(name), tokenizer.mask_id) for name in cfg.estimators]
 
-    def _model(self, part: DictConfig, where: str, key: str = "checkpointer") -> MDMTransformer:
-        checkpointer = instantiate(part, key, where=where)
-        build = partial(instantiate, self.cfg, "model")
-        return measured_model(self.cfg, build, checkpointer, self.world)
-
-    def _candidate(self, name: str, parts: Any, mask_id: int) -> Candidate:
-        where = f"estimators.{name}."
-        if not isinstance(parts, DictConfig) or set(parts) - KEYS:
-            raise UserError(f"{where[:-1]}: give it timesteps and masking, and noise or draws")
-        timesteps = instantiate(parts, "timesteps", where=where)
-        masking = instantiate(parts, "masking", where=where)
-        loss = instantiate(self.cfg, "loss")
-        estimator = as_estimator(timesteps, masking, loss, mask_id, where)
-        check_estimator(estimator, is_causal(self.model), where)
-        draws = int(parts.get("draws", self.cfg.preferences.get("draws", 8)))
-        if draws < 1 or draws % masking.views:
-            raise UserError(f"{where}draws: {draws}: use a multiple of {masking.views}")
-        noise = parts.get("noise", "own")
+    def _candidate(self, name: str, mask_id: int) -> Candidate:
+        cfg = self.cfg
+        estimator, draws = read_estimator(
+            cfg, name, ["noise"], cfg.preferences.draws, mask_id, self.model
+        )
+        noise = cfg.estimators[name].get("noise", "own")
         if noise not in NOISE:
-            raise UserError(f"{where}noise: {noise}: use {', '.join(NOISE[:-1])} or {NOISE[-1]}")
+            raise UserError(
+                f"estimators.{name}.noise: {noise}: use {', '.join(NOISE[:-1])} or {NOISE[-1]}"
+            )
         return Candidate(name, estimator, draws, noise)
 
     def measure(self) -> None:
@@ -152,21 +131,17 @@ class PreferenceVariance:
             for name, values in seen.items()
         }
         if self.world.rank == 0:
-            self.say(write_table(looks, self.candidates, self.loss, self.cfg, self.directory))
+            self.say(write_table(looks, self.candidates, self.loss, self.cfg))
 
     def _looks(self, candidate: Candidate, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one batch: scores [K, P], the noise of the gradient, losses [K]."""
-        scores, losses, mean = [], [], torch.zeros(())
-        squares = torch.zeros((), dtype=torch.float64)
-        for k in range(self.repeats):
+        scores, losses, spread = [], [], Spread()
+        for k in range(self.cfg.preferences.repeats):
             score, loss, gradient = self._look(candidate, step, k)
             scores.append(score)
             losses.append(loss)
-            change = gradient - mean  # Welford's: no K gradients at once
-            mean = mean + change / (k + 1)
-            squares += (change * (gradient - mean)).double().sum().cpu()
-        noise = self.world.sum(squares).cpu() / (self.repeats - 1)
-        return torch.stack(scores), noise, torch.stack(losses)
+            spread.add(gradient)
+        return torch.stack(scores), spread.variance(self.world), torch.stack(losses)
 
     def _look(self, candidate: Candidate, step: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         cfg, world, loss = self.cfg, self.world, candidate.estimator.loss
@@ -187,7 +162,7 @@ class PreferenceVariance:
             for model, parts in ((self.model, own), (self.reference, theirs))
         )
         n = everywhere([x.n for x in own], places, size, world)
-        found = compare(self.loss, policy, reference, n, sft_weight=self.sft_weight)
+        found = compare(self.loss, policy, reference, n, sft_weight=cfg.preferences.sft_weight)
         for x in own:
             add_gradient(self.model, loss, x, found.slopes[x.places], world, ("k",))
         gradient = folded_gradient(self.model, cfg.projection, cfg.seed, world.rank)
@@ -201,27 +176,13 @@ class PreferenceVariance:
             tqdm.write(line)
 
 
-def relative(value: Tensor, unit: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """Σ value / Σ unit over G batches, and its 95 % interval by resampling batches. [G] each."""
-    generator = keyed_generator(seed, "bootstrap")
-    picks = torch.randint(len(value), (2000, len(value)), generator=generator)
-    ratios = value[picks].sum(1) / unit[picks].sum(1)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
-    return float(value.sum() / unit.sum()), low, high
-
-
-def _interval(value: tuple[float, float, float]) -> str:
-    return "{:.2f} ({:.2f} to {:.2f})".format(*value)
-
-
 def write_table(
     looks: dict[str, Looks],
     candidates: list[Candidate],
     loss: nn.Module,
     cfg: DictConfig,
-    directory: Path,
 ) -> str:
-    """Write preferences.json and preferences.csv; give the table as Markdown."""
+    """Write preferences.json and preferences.csv; give the table."""
     first = looks[candidates[0].name]
     # The best that is known of each score: the mean over all looks of those with shared noise.
     best = torch.cat([looks[x.name].scores for x in candidates if x.noise != "apart"], 1).mean(1)
@@ -238,30 +199,25 @@ def write_table(
                 "estimator": x.name,
                 "forwards": x.draws,
                 "score_variance": float(score.mean()),
-                "score_ratio": relative(score, first.scores.var(1).mean(1)),
+                "score_ratio": quotient([score], [first.scores.var(1).mean(1)]),
                 "gradient_variance": float(own.gradient.mean()),
-                "gradient_ratio": relative(own.gradient, first.gradient),
+                "gradient_ratio": quotient([own.gradient], [first.gradient]),
                 "loss_bias": float(noisy - truth),
             }
         )
-    directory.mkdir(parents=True, exist_ok=True)
     facts = {"batches": cfg.batches, "preferences": cfg.batch_size, "loss": float(truth)}
-    facts["estimators"] = OmegaConf.to_container(cfg.estimators)
-    (directory / "preferences.json").write_text(json.dumps({**facts, "rows": records}, indent=2))
-    with (directory / "preferences.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+    directory = write_rows(records, facts, cfg, "preferences")
+    head = ["estimator", "forwards", "variance of the score", "relative"]
     lines = [
-        "",
-        "| estimator | forwards | variance of the score | relative | of the gradient, relative | "
-        "bias of the loss |",
-        "|---|---|---|---|---|---|",
+        [
+            r["estimator"],
+            str(r["forwards"]),
+            f"{r['score_variance']:.3g}",
+            interval(r["score_ratio"]),
+            interval(r["gradient_ratio"]),
+            f"{r['loss_bias']:+.4f}",
+        ]
+        for r in records
     ]
-    for r in records:
-        lines.append(
-            f"| {r['estimator']} | {r['forwards']} | {r['score_variance']:.3g} | "
-            f"{_interval(r['score_ratio'])} | {_interval(r['gradient_ratio'])} | "
-            f"{r['loss_bias']:+.4f} |"
-        )
-    return "\n".join([*lines, "", f"The loss without noise: {float(truth):.4f}. {directory}"])
+    text = table([*head, "of the gradient, relative", "bias of the loss"], lines)
+    return f"\n{text}\n\nThe loss without noise: {float(truth):.4f}. {directory}"

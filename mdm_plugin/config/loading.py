@@ -82,9 +82,12 @@ def load_config(name: str, overrides: list[str], options: type) -> DictConfig:
         del plain[key]
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(options), plain)
-        for key in known:
-            if OmegaConf.is_missing(cfg, key):
-                raise UserError(f"{path}: {key}: missing: set it")
+        order = {key: i for i, key in enumerate(known)}
+        missing = sorted(
+            OmegaConf.missing_keys(cfg), key=lambda x: (order[re.split(r"\W", x)[0]], x)
+        )
+        if missing:
+            raise UserError(f"{path}: {missing[0]}: missing: set it")
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {first_line(error)}") from error
     assert isinstance(cfg, DictConfig)

@@ -135,20 +135,53 @@ class GRPOOptions(Options):
 
 
 @dataclass
+class PreferenceNoise:
+    """mdm_variance's ``preferences``: the score and the gradient that mdm_dpo estimates."""
+
+    loss: dict[str, Any] = MISSING  # of preferences: torchtune.rlhf.loss.DPOLoss
+    reference: dict[str, Any] = MISSING  # a checkpointer: the model that training started from
+    sft_weight: float = 0.05  # of the fine-tuning loss of the chosen answers
+    draws: int = 8  # forwards that each bound is estimated from; estimators may have their own
+    repeats: int = 8  # looks at each batch by each estimator, with other noise
+
+
+@dataclass
+class PolicyNoise:
+    """mdm_variance's ``policy``: the gradient that mdm_grpo estimates from the model's answers."""
+
+    prompts: str = MISSING  # a file of them, as mdm_grpo's
+    rewards: dict[str, Any] = MISSING  # name: {component of a function (completion, row), weight}
+    loss: dict[str, Any] = MISSING  # PolicyLoss; estimators may have their own
+    decoding: dict[str, Any] = MISSING  # Decoding, with a temperature
+    sampler: dict[str, Any] = MISSING  # Remasking, Threshold or Stable
+    group_size: int = 8  # answers to each prompt
+    max_new_tokens: int = 256  # the longest answer
+    reward_timeout: float = 10.0  # seconds that a reward may take for an answer
+    by_deviation: bool = False  # divide advantages by their group's standard deviation
+    leave_one_out: bool = False  # compare an answer with the mean of the others
+    draws: int = 4  # forwards that each bound is estimated from; estimators may have their own
+    repeats: int = 3  # pairs of looks at the same answers by each estimator, with other noise
+    # The model has made a step so long along the first estimator's gradient since it answered, and
+    # its ratios are not 1; 0: the first update after the answers.
+    step: float = 0.0
+
+
+@dataclass
 class VarianceOptions:
     """mdm_variance's top-level keys, their types and defaults."""
 
     tokenizer: dict[str, Any] = MISSING  # the one of training
     model: dict[str, Any] = MISSING  # its builder
-    dataset: dict[str, Any] = MISSING  # rows to measure on
+    dataset: dict[str, Any] | None = None  # rows to measure on; a policy writes its own
     loss: dict[str, Any] = MISSING  # MDMLoss
     checkpointer: dict[str, Any] = MISSING  # whose weights are measured
-    # name: {timesteps: component, masking: component}; the first is what others are compared with
+    # name: {timesteps: component, masking: component}; the first is what others are compared with.
+    # Of preferences they may have draws and noise besides, of a policy draws and loss.
     estimators: dict[str, Any] = MISSING
     objective: dict[str, Any] | None = None  # what all of them estimate; None: the ELBO
     progress: float = 0.0  # the moment of training, 0 to 1, of an objective that moves
-    # {loss, reference: checkpointer, draws, repeats, sft_weight}: of mdm_dpo's score and gradient
-    preferences: dict[str, Any] | None = None
+    preferences: PreferenceNoise | None = None  # measure mdm_dpo's score and gradient in its place
+    policy: PolicyNoise | None = None  # measure mdm_grpo's gradient in its place
     # {model: component, checkpointer: component}: its variance is the line to compare with
     autoregressive: dict[str, Any] | None = None
     metric_logger: dict[str, Any] | None = None  # the same figures, in TensorBoard

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,39 +185,46 @@ _PARTS: tuple[tuple[Callable[[Decomposition], Estimate], str, str], ...] = (
 )
 
 
+def stack(
+    axis: Any,
+    names: Sequence[str],
+    parts: Sequence[tuple[str, str, Sequence[float]]],
+    shown: Sequence[Estimate],
+) -> None:
+    """A bar for each name, the first at the top, of parts one after another, and an interval.
+
+    parts: label, colour, and the width of each name's; below 0 it is not drawn. shown: of each.
+    """
+    left = [0.0] * len(names)
+    for label, colour, given in parts:
+        widths = [max(0.0, x) for x in given]
+        axis.barh(names, widths, left=left, label=label, color=colour)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    low = [max(0, e.value - e.low) for e in shown]
+    high = [max(0, e.high - e.value) for e in shown]
+    at = [e.value for e in shown]
+    axis.errorbar(at, names, xerr=[low, high], fmt="none", color="black", linewidth=1)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+
+
 def _bars(lines: list[Line], floor: float) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 0.4 * len(lines) + 1.6), layout="constrained")
     unit = lines[0].gradient.variance.value
-    names = [f"{x.measured.name} ({x.measured.forwards})" for x in lines][::-1]
+    names = [f"{x.measured.name} ({x.measured.forwards})" for x in lines]
     for axis, title, by_forwards in zip(
         figure.subplots(1, 2, sharey=True),
         ("equal rows", "equal forwards"),
         (False, True),
         strict=True,
     ):
-        left = [0.0] * len(lines)
+        parts = []
         for part, label, colour in _PARTS:
-            widths = [
-                max(0.0, part(x.gradient).value / unit)
-                * (x.measured.forwards if by_forwards else 1)
-                for x in lines
-            ][::-1]
-            axis.barh(names, widths, left=left, label=label, color=colour)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        shown = [(x.at_forwards if by_forwards else x.rows) for x in lines][::-1]
-        axis.errorbar(
-            [e.value for e in shown],
-            names,
-            xerr=[
-                [max(0, e.value - e.low) for e in shown],
-                [max(0, e.high - e.value) for e in shown],
-            ],
-            fmt="none",
-            color="black",
-            linewidth=1,
-        )
+            scale = [x.measured.forwards / unit if by_forwards else 1 / unit for x in lines]
+            widths = [part(x.gradient).value * k for x, k in zip(lines, scale, strict=True)]
+            parts.append((label, colour, widths))
+        stack(axis, names, parts, [(x.at_forwards if by_forwards else x.rows) for x in lines])
         axis.axvline(floor, color="grey", linestyle=":", linewidth=1)
         axis.set(title=title, xlabel=f"gradient variance, {lines[0].measured.name} = 1")
     figure.axes[0].legend(fontsize=8)

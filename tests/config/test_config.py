@@ -61,3 +61,16 @@ def test_each_large_config_is_for_its_recipe():
     assert set(large) == {*both, "llada/8B_dpo"}
     recipes["dpo"] = "mdm_dpo"
     assert all(recipe_of(name) == recipes[name.partition("B_")[2]] for name in large)
+
+
+def test_a_key_within_a_part_is_checked_too():
+    name = "quickstart_grpo_variance"
+    assert load_config(name, ["policy.repeats=7"], VarianceOptions).policy.group_size == 8
+    for given, words in (
+        ("policy.repeats=x", "policy.repeats: Value 'x'"),
+        ("policy.repeat=7", "policy.repeat: Key 'repeat' not in 'PolicyNoise'"),
+        ("~policy.prompts", "policy.prompts: missing: set it"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(name, [given], VarianceOptions)
+        assert words in str(error.value)

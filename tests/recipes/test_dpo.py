@@ -252,7 +252,11 @@ def test_the_variance_of_preferences_is_measured_by_estimator(
     assert found["unshared noise"] > 2 * own and even < own < found["one count, many masks"]
     assert "| even counts, Complement | 4 |" in done.stdout
     for wrong, words in (
-        ("preferences.draws=3", "draws: 3: use a multiple of 2"),
+        ("preferences.draws=3", "draws: 3: Complement has 2 views, so use a multiple of 2"),
+        ("progress=0.5", "progress: is of no use with preferences: leave it out"),
+        ("train_eos_padding=False", "train_eos_padding: is of no use with preferences"),
+        ("preferences.loss=null", "preferences.loss"),
+        ("preferences.betas=1", "preferences.betas"),
         ("preferences.repeats=1", "preferences.repeats: 1: use 2 or more"),
         ("estimators.even counts.noise=none", "noise: none: use own, answers or apart"),
         ("batches=99", "batches: 99: the data has"),

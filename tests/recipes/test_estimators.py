@@ -260,6 +260,7 @@ recipe.main()
         (("estimators.P-POTS.masking=null",), "estimators.P-POTS"),
         (("estimators.P-POTS.timesteps.grids=5",), "estimators.P-POTS.timesteps.grids"),
         (("batches=2",), "batches_per_round"),
+        (("dataset=null",), "dataset: missing: name the rows to measure on"),
         (("progress=1.5",), "progress: 1.5: use 0, the start of training, up to 1"),
         ((f"{OBJECTIVE}=mdm_plugin.timesteps.Uniform",), "objective: Uniform is no Objective"),
     ],
