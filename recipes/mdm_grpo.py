@@ -30,7 +30,14 @@ from mdm_plugin.alignment.bounds import check_draws, sharing, token_bounds
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
 from mdm_plugin.alignment.rewards import advantages, read_rewards
-from mdm_plugin.alignment.rollouts import Rollout, Writing, chosen_rows, rewarded, roll_out
+from mdm_plugin.alignment.rollouts import (
+    Rollout,
+    Writing,
+    approximate,
+    chosen_rows,
+    rewarded,
+    roll_out,
+)
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.loading import parse
 from mdm_plugin.config.options import GRPOOptions
@@ -72,7 +79,8 @@ class MDMReinforcement(MDMFinetune):
         cfg = self.cfg
         self.loss = derived("loss", instantiate(cfg, "loss"), PolicyLoss)
         check_options(cfg, self.estimator, self.loss)
-        self.draws = DrawPlan(cfg.draws // self.estimator.masking.views, cfg.seed)
+        share = cfg.group_size if cfg.share_noise else 1
+        self.draws = DrawPlan(cfg.draws // self.estimator.masking.views, cfg.seed, share)
         self.rewards = read_rewards(cfg)
         self.shown = ""  # some of the last answers, as text
         self.decoding: Decoding = read_decoding(cfg)
@@ -80,11 +88,6 @@ class MDMReinforcement(MDMFinetune):
             raise UserError(
                 "decoding.temperature: 0 gives all answers to a prompt alike: set it, to 0.9 for "
                 "example"
-            )
-        if self.decoding.cache:
-            self.say(
-                f"decoding.cache: {self.decoding.cache}: answers are sampled by an approximation "
-                "of the model that their bounds are of: rollout/cache_gap shows how near it is"
             )
 
     def _setup_data(self, accumulation: int) -> None:
@@ -109,6 +112,11 @@ class MDMReinforcement(MDMFinetune):
             raise UserError(
                 f"max_new_tokens: {cfg.max_new_tokens} after a prompt of {longest} tokens are more "
                 f"than the model takes, {self.model.max_seq_len}"
+            )
+        if approximate(self.model, self.decoding):
+            self.say(
+                f"decoding.cache: {self.decoding.cache}: answers are sampled by an approximation "
+                "of the model that their bounds are of: rollout/cache_gap shows how near it is"
             )
         self.reference: Live | None = None
         if self.loss.kl is not None:
@@ -136,12 +144,12 @@ class MDMReinforcement(MDMFinetune):
         batches = [chosen_rows(x, counts) for x in rollout.batches]
         noise = [
             [drawn(x, self.estimator, self.draws, ("policy", step, j)) for x in batches]
-            for j in range(1 if cfg.share_noise else cfg.updates)
+            for j in range(1 if cfg.updates_share_noise else cfg.updates)
         ]
         old = [self.token_bounds(x, step, j) for j, x in enumerate(noise)]
         base = [self.reference.token_bounds(x) for x in noise] if self.reference else None
         for j in range(cfg.updates):
-            k = 0 if cfg.share_noise else j
+            k = 0 if cfg.updates_share_noise else j
             new = old[k] if j == 0 else self.token_bounds(noise[k], step, k)
             judged = [
                 Judged(
@@ -226,7 +234,7 @@ class MDMReinforcement(MDMFinetune):
         size: how many of all ranks' answers count. shown: figures of the answers.
         """
         cfg, world = self.cfg, self.world
-        noise = update if not cfg.share_noise else 0
+        noise = 0 if cfg.updates_share_noise else update
         results, sums = [], torch.zeros(5, dtype=torch.float64)
         for i, x in enumerate(judged):
             new, own = x.new.clone().requires_grad_(), x.counts

@@ -19,7 +19,7 @@ from torch import Tensor
 from mdm_plugin.alignment.bounds import check_draws
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.config.options import VarianceOptions
-from mdm_plugin.contract import Estimator
+from mdm_plugin.contract import Blocks, Estimator
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.inference import measured_model
@@ -106,6 +106,8 @@ def read_estimator(
     timesteps = instantiate(parts, "timesteps", where=where)
     masking = instantiate(parts, "masking", where=where)
     estimator = as_estimator(timesteps, masking, instantiate(cfg, "loss"), mask_id, where)
+    if model.block_length:
+        estimator = estimator._replace(blocks=Blocks(model.block_length))
     check_estimator(estimator, is_causal(model), where)
     forwards = parts.get("draws", draws)
     if not isinstance(forwards, int):

@@ -26,12 +26,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from mdm_plugin.alignment.bounds import DrawPlan, add_gradient, drawn, everywhere, token_bounds
+from mdm_plugin.alignment.bounds import DrawPlan, add_gradient, drawn, token_bounds
 from mdm_plugin.alignment.looks import Spread, check_options, load, read_estimator
 from mdm_plugin.alignment.policy import PolicyLoss, check_ratio
 from mdm_plugin.alignment.policy_report import Seen, write_policy
-from mdm_plugin.alignment.rewards import advantages, read_rewards, score
-from mdm_plugin.alignment.rollouts import Rollout, Writing, roll_out
+from mdm_plugin.alignment.rewards import advantages, read_rewards
+from mdm_plugin.alignment.rollouts import Rollout, Writing, rewarded, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
@@ -48,12 +48,14 @@ Key = tuple[int | str, ...]
 
 
 class Candidate(NamedTuple):
-    """An estimator, how many forwards it has, and the loss that it is used with."""
+    """An estimator, how many forwards it has, and the loss that it is used with. noise: ``own`` of
+    each answer, or ``answers``: one for all answers to a prompt."""
 
     name: str
     estimator: Estimator
     draws: int
     loss: PolicyLoss
+    noise: str
 
 
 class Judged(NamedTuple):
@@ -127,7 +129,7 @@ class PolicyVariance:
     def _candidate(self, name: str) -> Candidate:
         cfg, mask_id, where = self.cfg, self.tokenizer.mask_id, f"estimators.{name}."
         estimator, draws = read_estimator(
-            cfg, name, ["loss"], cfg.policy.draws, mask_id, self.model
+            cfg, name, ["loss", "noise"], cfg.policy.draws, mask_id, self.model
         )
         own = cfg.estimators[name].get("loss") is not None
         part, where = (cfg.estimators[name], where) if own else (cfg.policy, "policy.")
@@ -140,7 +142,10 @@ class PolicyVariance:
                 f"estimators.{name}.timesteps: {type(estimator.timesteps).__name__} learns from a "
                 "data set, and the answers are not there yet: use Stratified or Uniform"
             )
-        return Candidate(name, estimator, draws, loss)
+        noise = cfg.estimators[name].get("noise", "own")
+        if noise not in ("own", "answers"):
+            raise UserError(f"estimators.{name}.noise: {noise}: use own or answers")
+        return Candidate(name, estimator, draws, loss, noise)
 
     def measure(self) -> None:
         total = 2 * len(self.candidates) * self.cfg.batches
@@ -187,15 +192,9 @@ class PolicyVariance:
             world,
             (self.cfg.seed, "rollout", *key),
         )
-        scored = [
-            score(self.rewards, texts, [x.row for x in prompts], own.reward_timeout)
-            for texts, prompts in zip(rollout.texts, rollout.prompts, strict=True)
-        ]
-        places = [x.places for x in rollout.batches]
-        total = everywhere([x.total for x in scored], places, self.size, world)
-        for failed in world.gather([line for x in scored for _, line in x.failures]):
-            for line in failed[:1]:
-                self.say(f"an answer has no reward: {line}")
+        total, _, failures = rewarded(rollout, self.rewards, own.reward_timeout, self.size, world)
+        for line in failures[:1]:
+            self.say(f"an answer has no reward: {line}")
         gains, _ = advantages(
             total, own.group_size, by_deviation=own.by_deviation, leave_one_out=own.leave_one_out
         )
@@ -260,7 +259,8 @@ class PolicyVariance:
         """Add the gradient of the policy's loss to the model's, as mdm_grpo does; Δ of each
         answer's ratios, one after another, and the clipped share of each answer."""
         world, estimator, loss = self.world, candidate.estimator, candidate.loss
-        how = DrawPlan(candidate.draws // estimator.masking.views, self.cfg.seed)
+        share = self.cfg.policy.group_size if candidate.noise == "answers" else 1
+        how = DrawPlan(candidate.draws // estimator.masking.views, self.cfg.seed, share)
         changes, clipped = [], []
         for rows in judged.rows:
             draws = drawn(rows, estimator, how, key, masks)

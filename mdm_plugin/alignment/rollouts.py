@@ -106,8 +106,14 @@ def roll_out(
             asked.append(rows)
     model.train(training)
     count = max(1, sum(len(x) for x in texts))
-    mean = float(torch.cat(gaps).mean()) if how.decoding.cache else None
+    mean = float(torch.cat(gaps).mean()) if approximate(model, how.decoding) else None
     return Rollout(batches, texts, asked, tokens, ends / count, time.perf_counter() - start, mean)
+
+
+def approximate(model: MDMTransformer, decoding: Decoding) -> bool:
+    """Whether text is written by an approximation of the model: with a cache, unless the model
+    writes block by block, whose cache is exact."""
+    return decoding.cache is not None and model.block_length is None
 
 
 def _write(
@@ -118,7 +124,8 @@ def _write(
     how: Writing,
     key: tuple[int | str, ...],
 ) -> tuple[list[Tensor], Tensor]:
-    """An answer to each prompt, up to its end; and with a cache the gap at a token of each, [R]."""
+    """An answer to each prompt, up to its end; and where that is ``approximate`` the gap at a token
+    of each, [R]."""
     moments = Moments()
     written = generate(
         model,
@@ -127,10 +134,10 @@ def _write(
         special=tokenizer,
         max_new_tokens=how.max_new_tokens,
         seeds=[seed_of(*key, place) for place in places.tolist()],
-        on_step=moments.add if how.decoding.cache else None,
+        on_step=moments.add if approximate(model, how.decoding) else None,
     ).tokens.cpu()
     answers = [_to_its_end(x, tokenizer.eos_id) for x in written]
-    if not how.decoding.cache:
+    if not approximate(model, how.decoding):
         return answers, torch.zeros(0)
     u = keyed_uniform(*key, "gap", places=places, length=1)[:, 0]
     chosen = (u * torch.tensor([len(x) for x in answers])).long()

@@ -30,7 +30,6 @@ SDAR_4B: dict[str, Any] = {
     "head_dim": 128,
     "embed_dim": 2560,
     "intermediate_dim": 9728,
-    "block_length": 4,
 }
 Linear = Callable[[str, int, int], nn.Module]
 
@@ -232,15 +231,23 @@ def _decoder(
     )
 
 
-def sdar_4b(max_seq_len: int = 4096, block_length: int = 4) -> MDMTransformer:
+def sdar_4b(
+    max_seq_len: int = 4096, block_length: int = 4, tie_word_embeddings: bool = False
+) -> MDMTransformer:
     """SDAR-4B-Chat (JetAstra/SDAR): Qwen3-4B that writes blocks of 4 tokens."""
-    return qwen3(**{**SDAR_4B, "block_length": block_length}, max_seq_len=max_seq_len)
+    return qwen3(
+        **SDAR_4B,
+        max_seq_len=max_seq_len,
+        block_length=block_length,
+        tie_word_embeddings=tie_word_embeddings,
+    )
 
 
 def lora_sdar_4b(
     lora_attn_modules: list[str],
     max_seq_len: int = 4096,
     block_length: int = 4,
+    tie_word_embeddings: bool = False,
     apply_lora_to_mlp: bool = False,
     lora_rank: int = 8,
     lora_alpha: float = 16,
@@ -251,8 +258,10 @@ def lora_sdar_4b(
     """``sdar_4b`` with adapters; arguments as of ``lora_qwen3``."""
     return lora_qwen3(
         lora_attn_modules,
-        **{**SDAR_4B, "block_length": block_length},
+        **SDAR_4B,
         max_seq_len=max_seq_len,
+        block_length=block_length,
+        tie_word_embeddings=tie_word_embeddings,
         apply_lora_to_mlp=apply_lora_to_mlp,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,

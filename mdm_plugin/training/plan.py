@@ -216,7 +216,7 @@ def _of_prompts(cfg: DictConfig, tokenizer: ChatTokenizer, size: int) -> tuple[i
     steps = cfg.epochs * min(per_epoch, cfg.max_steps_per_epoch or per_epoch)
     written = cfg.decoding.get("steps") or cfg.max_new_tokens
     # Each update: bounds, and their gradients; those of the old policy, and the reference's.
-    noise = 1 if cfg.share_noise else cfg.updates
+    noise = 1 if cfg.updates_share_noise else cfg.updates
     passes = 2 * cfg.updates + noise - 1 + noise * (cfg.reference is not None)
     return longest, [
         f"Steps: {steps:,}, each of {size} answers and {cfg.updates} updates; forwards: "

@@ -16,7 +16,7 @@ ALL = os.environ.get("MDM_FAULTS") == "all"
 STEPS, LAST = 6, "step_6"
 OF_TIME = ("speed/", "memory/", "rollout/seconds", "rollout/tokens_per", "rollout/share")
 OPTIONS = (
-    *("save_every_n_steps=2", f"max_steps_per_epoch={STEPS}", "share_noise=False"),
+    *("save_every_n_steps=2", f"max_steps_per_epoch={STEPS}", "updates_share_noise=False"),
     *("ema._component_=mdm_plugin.training.EMA", "ema.decay=0.9", "optimizer.lr=1e-2"),
 )
 

@@ -73,7 +73,7 @@ def test_with_a_cache_the_gap_to_the_model_is_shown_and_is_nothing_where_all_is_
 
 
 def test_later_updates_move_the_policy_away_from_the_one_that_answered(grpo, tmp_path):
-    grpo("updates=3", "share_noise=False", out="three")
+    grpo("updates=3", "updates_share_noise=False", out="three")
     shown = scalars(tmp_path / "three")
     assert all(x != 1.0 for x in shown["policy/ratio"][1:])
     assert len(shown["rollout/share_of_step"]) == 3
