@@ -1,12 +1,13 @@
-"""Draws figures of docs/variance.md: ``python docs/figures.py`` → masks, densities, parts.png.
+"""Draws figures of the pages: ``python docs/figures.py`` → masks, blocks, densities, parts.png.
 
-The masks are drawn by the masks' own classes. The other two are of measurements that are kept in
-docs/figures.json; ``python docs/figures.py RUN VARIANCE…`` takes them anew, from a run's directory
-and from variance.json files of mdm_variance (docs/variance.md has the commands).
+The masks and the blocks are drawn by their own classes. The other two are of measurements that are
+kept in docs/figures.json; ``python docs/figures.py RUN VARIANCE…`` takes them anew, from a run's
+directory and from variance.json files of mdm_variance (docs/variance.md has the commands).
 """
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from mdm_plugin.contract import Masking
 from mdm_plugin.density import Density, uniform_density
 from mdm_plugin.masking import Bernoulli, Complement, FixedCount, Mirror, Rotation
+from mdm_plugin.models.blocks import BlockAttention
 from mdm_plugin.objectives import Widening
 from mdm_plugin.timesteps import ParetoStream
 
@@ -78,6 +80,45 @@ def draw_masks() -> Figure:
     figure.supxlabel(
         "positions of a response; dark ones are masked, their number is at the right", fontsize=9
     )
+    return figure
+
+
+def draw_blocks() -> Figure:
+    """Who attends to whom in a row of 12 tokens in blocks of 4, with two views of the last two."""
+    attend = BlockAttention(4, 12, first=4, views=2)
+    allowed = attend.allowed()[0].double()
+    part = torch.tensor([1.0] * attend.noisy + [2.0] * attend.noisy + [3.0] * attend.clean)
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axis = figure.subplots()
+    axis.pcolormesh(
+        (allowed * part).flip(0).numpy(),
+        cmap=ListedColormap(["#eef0f3", "#ee854a", "#4878cf", "#6a9a6a"]),
+        vmin=0,
+        vmax=3,
+        edgecolors="white",
+        linewidth=1.2,
+    )
+    edges = [0, 4, 8, 12, 16, 20, 24]
+    names = [
+        "view 1\nblock 2",
+        "block 3",
+        "view 2\nblock 2",
+        "block 3",
+        "clean\nblock 1",
+        "block 2",
+    ]
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    axis.set_xticks(middles, names, fontsize=8)
+    axis.set_yticks([attend.width - x for x in middles], names, fontsize=8)
+    axis.tick_params(length=0)
+    for at in edges[1:-1]:
+        heavy = at in (attend.noisy, 2 * attend.noisy)
+        style = {"color": "#333333" if heavy else "#9aa0a6", "linewidth": 1.6 if heavy else 0.7}
+        axis.axvline(at, **style)
+        axis.axhline(attend.width - at, **style)
+    axis.set_title("a token of each row sees the coloured ones", fontsize=10)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
     return figure
 
 
@@ -175,6 +216,7 @@ def main(given: list[str]) -> None:
     kept = json.loads(MEASURED.read_text())
     for name, figure in (
         ("masks", draw_masks()),
+        ("blocks", draw_blocks()),
         ("densities", draw_densities(kept["stream"])),
         ("parts", draw_parts(kept["parts"])),
     ):

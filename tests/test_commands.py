@@ -39,11 +39,15 @@ VARIANCE = [
     "autoregressive=null",
 ]
 # P-POTS probes with 2,000 forwards each; two estimators are enough to compare.
-VARIANCE += [
-    f"~estimators.{x}"
-    for x in yaml.safe_load((ROOT / "configs/quickstart_variance.yaml").read_text())["estimators"]
-    if x not in ("Standard", "FixedCount")
-]
+
+
+def fewer(config: str) -> list[str]:
+    named = yaml.safe_load((ROOT / f"configs/{config}.yaml").read_text())["estimators"]
+    first, block = next(iter(named)), "block" in config
+    cuts = [x for x in VARIANCE if not (block and x.startswith("autoregressive"))]
+    return cuts + [f"~estimators.{x}" for x in named if x not in (first, "FixedCount")]
+
+
 PLACES = ("output_dir=", "dataset.source=my.jsonl", "dataset.source=/")
 TASKS = ("draws=2", "max_new_tokens=8")
 # What a page has the user write.
@@ -131,6 +135,8 @@ def machine(data_dir, tmp_path_factory):
     )
     trained("mdm_full_finetune", "quickstart", "home/quickstart/run", "step_1840")
     shutil.copytree(home / "run/step_1840", place / "runs/step_1000")
+    shutil.copytree(home / "pretrained", home / "autoregressive")  # in its place
+    trained("mdm_full_finetune", "quickstart_block", "home/quickstart/block", "step_460")
     trained("mdm_full_finetune", "llada/8B_full", "LLaDA-8B-Instruct-full", "step_1000")
     trained("mdm_lora_finetune", "llada/8B_lora", "LLaDA-8B-Instruct-lora", "step_1000")
     evaluate = f"tune run mdm_eval --config quickstart_eval output_dir={place / 'before'}"
@@ -157,7 +163,10 @@ def cut(recipe: str, config: str, given: list[str], place: Path) -> list[str]:
         else:
             cuts += ["max_new_tokens=32", "decoding.block_length=16"]
         return cuts
-    cuts = {"mdm_variance": VARIANCE, "mdm_eval": TASKS, "mdm_generate": ()}.get(recipe, QUICKSTART)
+    if recipe == "mdm_variance":
+        cuts = fewer(config)
+    else:
+        cuts = {"mdm_eval": TASKS, "mdm_generate": ()}.get(recipe, QUICKSTART)
     probed = any("Pareto" in x for x in given)
     return [*cuts, *(x for x in SHORT if probed and x.startswith("timesteps."))]
 
@@ -181,9 +190,11 @@ def tune(words: list[str], place: Path, new: bool = False) -> Path:
     if config == "my.yaml":
         packaged = {"mdm_eval": "quickstart_eval"}.get(recipe, "quickstart")
         shutil.copy(ROOT / f"configs/{packaged}.yaml", place / config)
-    if recipe in ("mdm_dpo", "mdm_grpo") or config.endswith(("dpo_variance", "grpo_variance")):
-        # tests/test_journey_alignment.py and tests/recipes/ run them, so cut.
-        load_config(config, given, OPTIONS[recipe])
+    elsewhere = config.startswith(("sdar/", "fast_dllm/"))
+    elsewhere = elsewhere or config.endswith(("dpo_variance", "grpo_variance"))
+    if recipe in ("mdm_dpo", "mdm_grpo") or elsewhere:
+        # tests/test_journey_alignment.py, tests/recipes/ and tests/blocks/ run them, so cut.
+        load_config(config, given, OPTIONS.get(recipe, Options))
         return place
     # What was run before, from another file or to another place, is read alone.
     effect = (ranks, recipe, *[x for x in (config, *given) if not x.startswith(PLACES)])

@@ -224,7 +224,12 @@ def test_the_figures_are_of_the_masks_themselves_and_of_what_was_measured():
         for name, x in lines.items():
             assert x["interval"][0] - 1e-3 <= whole[name] <= x["interval"][1] + 1e-3
             assert x["AB"] == 0 or x["A"] == x["B"] == 0
-    for draw, name in (("masks", None), ("densities", "stream"), ("parts", "parts")):
+    for draw, name in (
+        ("masks", None),
+        ("blocks", None),
+        ("densities", "stream"),
+        ("parts", "parts"),
+    ):
         assert FIGURES[f"draw_{draw}"](*([kept[name]] if name else [])).axes
         assert (ROOT / f"docs/{draw}.png").is_file()
 

@@ -97,7 +97,7 @@ def drawn(
 
 
 def packed(draws: Drawn, model: MDMTransformer, device: torch.device, multiple: int) -> Drawn:
-    """The same without padding (``training.step.pack``)."""
+    """The same without padding (``training.corruption.pack``)."""
     one = partial(pack, model=model, device=device, multiple=multiple)
     return draws._replace(draws=[one(x) for x in draws.draws])
 
