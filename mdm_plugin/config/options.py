@@ -126,7 +126,7 @@ class GRPOOptions(Options):
     batch_size: int = MISSING  # prompts per rank and micro-batch, each with group_size answers
     updates: int = 1  # optimizer steps on the answers of a step
     draws: int = 2  # forwards that each bound is estimated from; a multiple of the mask's views
-    share_noise: bool = True  # one noise for all answers to a prompt; else each has its own
+    share_noise: bool = False  # one noise for all answers to a prompt; else each has its own
     updates_share_noise: bool = True  # one noise for all updates of a step; else each has its own
     by_deviation: bool = False  # divide advantages by their group's standard deviation
     leave_one_out: bool = False  # compare an answer with the mean of the others

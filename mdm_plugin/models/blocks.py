@@ -90,13 +90,9 @@ class BlockAttention:
 
     def allowed(self) -> Tensor:
         """Who attends to whom, [R, W, W] or [1, W, W], bool: the definition."""
-        column = self.columns()
-        block = column // self.block
-        view = torch.arange(self.views + 1).repeat_interleave(
-            torch.tensor([self.noisy] * self.views + [self.clean])
-        )
+        column, block, view = self.columns(), self.block_of(), self.view()
         own = (view[:, None] == view) & (block[:, None] == block)
-        earlier = (view == self.views) & (block[:, None] > block)
+        earlier = (view == -1) & (block[:, None] > block)
         allowed = (own | earlier)[None]
         return allowed if self.real is None else allowed & self.real[:, None, column]
 
@@ -108,26 +104,17 @@ class BlockAttention:
 
     def flex(self, device: torch.device) -> Any:
         """``allowed`` as flex attention's ``BlockMask``, computed without [W, W]."""
-        column = self.columns().to(device)
-        block = column // self.block
-        first_clean, size, rows = self.views * self.noisy, self.noisy, 1
-        real = None if self.real is None else self.real[:, self.columns()].to(device)
-        if real is not None:
-            rows = len(real)
+        real = None if self.real is None else self.real[:, self.columns()]
+        return _flex(torch.zeros_like(self.columns()), self.view(), self.block_of(), real, device)
 
-        def rule(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            is_clean = key >= first_clean
-            same = (query // size == key // size) & ~is_clean & (query < first_clean)
-            same = same | (is_clean & (query >= first_clean))
-            allowed = (same & (block[query] == block[key])) | (
-                is_clean & (block[query] > block[key])
-            )
-            return allowed if real is None else allowed & real[b, key]
+    def view(self) -> Tensor:
+        """The view of each of a row's W tokens; −1 for the clean ones. [W], long."""
+        sizes = torch.tensor([self.noisy] * self.views + [self.clean])
+        return torch.tensor([*range(self.views), -1]).repeat_interleave(sizes)
 
-        width = self.width
-        return create_block_mask(
-            rule, rows, None, width, width, device=str(device), _compile=device.type == "cuda"
-        )
+    def block_of(self) -> Tensor:
+        """The block of each of a row's W tokens. [W], long."""
+        return self.columns() // self.block
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """Attention of q, k and v [R, heads, W, d], by calls over some blocks each."""
@@ -190,3 +177,77 @@ class BlockAttention:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class PackedBlocks:
+    """Rows in blocks one after another in a single sequence: each as its ``BlockAttention`` has it.
+
+    Args:
+        rows: of each row, for one row each. Their widths add up to T.
+    """
+
+    def __init__(self, rows: list[BlockAttention]) -> None:
+        self.rows = rows
+        self.widths = [x.width for x in rows]
+        self.block_mask: Any = None
+        starts = torch.tensor([0, *self.widths]).cumsum(0)
+        self.starts = starts[:-1]
+        self._before = torch.cat(
+            [x.before(torch.arange(x.width)) + s for x, s in zip(rows, self.starts, strict=True)]
+        )
+
+    def before(self, positions: Tensor) -> Tensor:
+        """As ``BlockAttention.before``, of places in [T]."""
+        return self._before.to(positions.device)[positions]
+
+    def columns(self) -> Tensor:
+        """The column in its row of each token. [T], long."""
+        return torch.cat([x.columns() for x in self.rows])
+
+    def to(self, device: torch.device) -> "PackedBlocks":
+        """As ``BlockAttention.to``."""
+        if device.type == "cuda" and self.block_mask is None:
+            self.block_mask = self.flex(device)
+        return self
+
+    def flex(self, device: torch.device) -> Any:
+        """As flex attention's ``BlockMask``."""
+        row = torch.arange(len(self.rows)).repeat_interleave(torch.tensor(self.widths))
+        view = torch.cat([x.view() for x in self.rows])
+        block = torch.cat([x.block_of() for x in self.rows])
+        real = torch.cat(
+            [x.columns() >= 0 if x.real is None else x.real[0, x.columns()] for x in self.rows]
+        )
+        return _flex(row, view, block, real[None], device)
+
+    def with_masks(self, change: Callable[[Tensor], Tensor]) -> "PackedBlocks":
+        """As ``BlockAttention.with_masks``."""
+        other = copy.copy(self)
+        other.rows = [x.with_masks(change) for x in self.rows]
+        return other
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """Attention of q, k and v [1, heads, T, d], a row after another."""
+        parts = zip(self.rows, *(x.split(self.widths, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([row(*own, dropout) for row, *own in parts], 2)
+
+
+def _flex(
+    row: Tensor, view: Tensor, block: Tensor, real: Tensor | None, device: torch.device
+) -> Any:
+    """A ``BlockMask`` of T tokens by the row, the view and the block of each, [T]; a clean one's
+    view is −1. real: [R, T] or None."""
+    row, view, block = (x.to(device) for x in (row, view, block))
+    clean = view == -1
+    real = None if real is None else real.to(device)
+
+    def rule(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (view[query] == view[key]) & (block[query] == block[key])
+        earlier = clean[key] & (block[query] > block[key])
+        allowed = (row[query] == row[key]) & (own | earlier)
+        return allowed if real is None else allowed & real[b, key]
+
+    total, rows = len(row), None if real is None else len(real)
+    return create_block_mask(
+        rule, rows, None, total, total, device=str(device), _compile=device.type == "cuda"
+    )

@@ -20,7 +20,7 @@ from torchtune.modules import (
 )
 
 from mdm_plugin.loss import LinearHead
-from mdm_plugin.models.blocks import BlockAttention
+from mdm_plugin.models.blocks import BlockAttention, PackedBlocks
 from mdm_plugin.torchtune_internals import wrap_attention_call
 
 # torchtune's rotary embeddings of text models: Llama's and others', Llama 3.1's, Qwen's and Phi's.
@@ -30,6 +30,9 @@ ROTARY = (
     Qwen2RotaryPositionalEmbeddings,
     Phi3RotaryPositionalEmbeddings,
 )
+
+
+InBlocks = BlockAttention | PackedBlocks
 
 
 class HalvesRotary(nn.Module):
@@ -76,7 +79,7 @@ def segmented(call: Callable[..., Tensor], causal: bool) -> Callable[..., Tensor
         return torch.cat(found, 2)
 
     @torch.compiler.disable
-    def in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockAttention, dropout: float) -> Tensor:
+    def in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: InBlocks, dropout: float) -> Tensor:
         return mask(q, k, v, dropout)
 
     def attention(
@@ -84,7 +87,7 @@ def segmented(call: Callable[..., Tensor], causal: bool) -> Callable[..., Tensor
     ) -> Tensor:
         if isinstance(mask, Tensor) and mask.dtype == torch.long:
             return attend(q, k, v, mask, dropout_p)
-        if isinstance(mask, BlockAttention):
+        if isinstance(mask, InBlocks):
             if mask.block_mask is None:
                 return in_blocks(q, k, v, mask, dropout_p)
             mask = mask.block_mask
@@ -187,7 +190,7 @@ class MDMTransformer(TransformerDecoder):
             length = tokens.shape[1]
             mask = mask & mask.new_ones(length, length).tril()
         if positions is not None and self.shift:
-            if isinstance(mask, BlockAttention):
+            if isinstance(mask, InBlocks):
                 positions = mask.before(positions)
             else:
                 positions = positions - self._has_one_before(positions, tokens.shape[1], input_pos)

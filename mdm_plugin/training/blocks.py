@@ -50,9 +50,10 @@ def read_blocks(
         raise UserError(
             f"model.max_seq_len: {model.max_seq_len} is no multiple of block_length, {size}"
         )
-    if cfg.batch_layout == "packed":
+    if cfg.batch_layout == "packed" and cfg.pad_to_multiple_of > 1:
         raise UserError(
-            "batch_layout: packed: rows in blocks have their clean copies beside them: use grouped"
+            "pad_to_multiple_of: rows in blocks are packed as they are: leave it out, or set "
+            "batch_layout=padded"
         )
     if estimator.masking.causal:
         raise UserError(

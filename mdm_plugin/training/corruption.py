@@ -11,7 +11,7 @@ from mdm_plugin.contract import Blocks, Estimator, Times, Views
 from mdm_plugin.data.batches import Batch, GlobalBatches
 from mdm_plugin.errors import UserError
 from mdm_plugin.loss import Targets
-from mdm_plugin.models.blocks import BlockAttention
+from mdm_plugin.models.blocks import BlockAttention, PackedBlocks
 from mdm_plugin.models.transformer import MDMTransformer, row_mask
 from mdm_plugin.noise import keyed_generator
 
@@ -60,7 +60,7 @@ class Corrupted(NamedTuple):
 
     def row_means(self, losses: Tensor) -> Tensor:
         """Losses l of the micro-batch's rows, from those of their blocks. [R] → [rows]."""
-        if not isinstance(self.attend, BlockAttention):
+        if not isinstance(self.attend, BlockAttention | PackedBlocks):
             return losses
         return self.of_rows(losses.cpu() * self.n) / self.of_rows(self.n)
 
@@ -86,7 +86,7 @@ class Corrupted(NamedTuple):
     def to(self, device: torch.device) -> "Corrupted":
         """All that the step on ``device`` uses there, without waiting for it."""
         mask = self.attend
-        if isinstance(mask, BlockAttention):
+        if isinstance(mask, BlockAttention | PackedBlocks):
             mask = mask.to(device)
         elif self.input_pos is None:
             mask = None if mask is None else to_device(mask, device)
@@ -111,9 +111,13 @@ def pack(
 ) -> Corrupted:
     """The same V·R sequences without their padding, one after another in a single one.
 
+    Rows in blocks are packed with their views and clean copies (``PackedBlocks``).
+
     Each attends to itself alone and has positions from 0: the loss and its gradient are those of
     the padded batch. The whole is filled to a multiple of ``multiple`` tokens (of 128 on CUDA).
     """
+    if isinstance(batch.attend, BlockAttention):
+        return _pack_blocks(batch, batch.attend)
     count, length = batch.noisy.shape
     real = (
         torch.ones(count, length, dtype=torch.bool) if batch.attend is None else batch.attend[:, 0]
@@ -132,6 +136,32 @@ def pack(
         targets=targets,
         input_pos=F.pad(position, (0, filling))[None],
         sequence=F.pad(kept.nonzero().squeeze(1) // length, (0, filling), value=count),
+    )
+
+
+def _pack_blocks(batch: Corrupted, attend: BlockAttention) -> Corrupted:
+    """Each row from its own first block to its own last one."""
+    size, count = attend.block, len(batch.noisy)
+    columns, view = attend.columns(), attend.view()
+    real = torch.ones(count, attend.length).bool() if attend.real is None else attend.real
+    ends = -(-real.sum(1) // size) * size  # of whole blocks
+    row, column = batch.target_places()
+    firsts = torch.full((count,), attend.length).scatter_reduce(0, row, column, "amin")
+    rows, kept = [], []
+    for i, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
+        first = min(first, end - 1) // size * size
+        own = BlockAttention(size, end, first, attend.views, real[i : i + 1, :end])
+        shown = (column_in := columns) < torch.where(view < 0, end - size, end)
+        kept.append(shown & ((view < 0) | (column_in >= first)))
+        rows.append(own)
+    chosen = torch.stack(kept)
+    new = chosen.flatten().cumsum(0) - 1
+    packed = PackedBlocks(rows)
+    return batch._replace(
+        noisy=batch.noisy[chosen][None],
+        attend=packed,
+        targets=batch.targets._replace(positions=new[batch.targets.positions]),
+        input_pos=packed.columns()[None],
     )
 
 

@@ -21,7 +21,7 @@ from mdm_plugin.contract import Estimator, Times
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.models import MDMTransformer
-from mdm_plugin.models.blocks import BlockAttention
+from mdm_plugin.models.blocks import BlockAttention, PackedBlocks
 from mdm_plugin.training.corruption import Corrupted, corrupt
 from mdm_plugin.training.step import forward_loss
 
@@ -236,7 +236,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 def _fake(attend: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(attend, BlockAttention):
+    if isinstance(attend, BlockAttention | PackedBlocks):
         return attend.with_masks(mode.from_tensor)
     return None if attend is None else mode.from_tensor(attend)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from mdm_plugin.contract import Blocks, Estimator, Masking, Views
 from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
@@ -12,7 +13,7 @@ from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Complement, FixedCount, Mirror, NextToken, Rotation
 from mdm_plugin.models import llada
 from mdm_plugin.timesteps import Stratified, Uniform
-from mdm_plugin.training.corruption import corrupt, corrupted_step, first_blocks
+from mdm_plugin.training.corruption import corrupt, corrupted_step, first_blocks, pack
 from mdm_plugin.training.step import backward, global_normalizer
 from tests.toy import BY_COUNT, BY_RATE, ELBO, EPS, SAMPLERS, Toy, draws, z_score
 
@@ -154,6 +155,29 @@ def test_blocks_of_one_token_are_autoregressive():
         gradients(a_model(1, shift=True), ours, batches),
         gradients(a_model(None, shift=True, causal=True), theirs, batches),
     )
+
+
+@pytest.mark.parametrize("masking", [FixedCount(), Complement()])
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(masking, shift):
+    batches, model = batches_of(some_rows()), a_model(4, shift)
+    estimator = Estimator(Stratified(), masking, MDMLoss(), MASK, blocks=Blocks(4))
+    (batch,) = corrupted_step(batches, 0, estimator)
+    packed = pack(batch, model, torch.device("cpu"))
+    ends = [-(-(p + n) // 4) * 4 for p, n in SIZES]
+    views = [end - p // 4 * 4 for (p, _), end in zip(SIZES, ends, strict=True)]
+    total = sum(masking.views * view + end - 4 for view, end in zip(views, ends, strict=True))
+    assert packed.noisy.shape == (1, total) and total < batch.noisy.numel()
+    found = []
+    for one in (packed, batch):
+        model.zero_grad()
+        normalizer = global_normalizer([one], ALONE)
+        result = backward(model, estimator.loss, one, normalizer, ALONE)
+        found.append([result.loss, result.row_losses, *(p.grad for p in model.parameters())])
+    close(*found)
+    q, k, v = (torch.randn(1, 2, total, 8) for _ in range(3))
+    flex = flex_attention(q, k, v, block_mask=packed.attend.flex(torch.device("cpu")))
+    torch.testing.assert_close(packed.attend(q, k, v, 0.0), flex, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
