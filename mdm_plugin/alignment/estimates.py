@@ -100,3 +100,41 @@ class Coupled(Masking):
         # Views are averaged over: three times a half of each.
         weights = torch.stack((torch.ones_like(rate), 1 / rate, 1 / (1 - rate)))
         return Views(mask, weights * 1.5)
+
+
+class LeftToRight(Masking):
+    """Each token after those before it, with the rest hidden: text written from left to right.
+
+    View j hides the j-th eligible position and all after it, and has the j-th predicted. So all
+    views together are the log-probability of writing in that order, without noise and without a
+    bound: exact for ``decoding.block_length: 1``, and a policy gradient of that policy. Ours, for
+    models that write block by block: a block has as many views as tokens, and they share one clean
+    copy. Of a model without blocks it takes a forward for each token.
+
+    Args:
+        views: as many as a block has tokens, ``model.block_length``; more positions are refused.
+
+    Raises:
+        ValueError: if it is below 1; in use, for more positions than views.
+    """
+
+    uses_t = False
+
+    def __init__(self, views: int) -> None:
+        if views < 1:
+            raise ValueError(f"views is {views}: use 1 or more")
+        self.views = views
+
+    def __call__(self, t: Tensor, u: Tensor, eligible: Tensor, w: Density) -> Views:
+        number = eligible.cumsum(1) - 1
+        if int(number.max()) >= self.views:
+            raise ValueError(
+                f"LeftToRight: {int(number.max()) + 1} positions are more than its {self.views} "
+                "views: set views to model.block_length"
+            )
+        view = torch.arange(self.views)[:, None, None]
+        mask, hidden = (number == view) & eligible, (number >= view) & eligible
+        # A mean over views: times their number, and each position counts once.
+        return Views(
+            mask, torch.full((self.views, len(t)), float(self.views), dtype=t.dtype), hidden
+        )
