@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, drawn
 from mdm_plugin.alignment.bounds import check_draws, sharing, token_bounds
+from mdm_plugin.alignment.estimates import check_order
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
 from mdm_plugin.alignment.rewards import advantages, read_rewards
@@ -113,6 +114,7 @@ class MDMReinforcement(MDMFinetune):
                 f"max_new_tokens: {cfg.max_new_tokens} after a prompt of {longest} tokens are more "
                 f"than the model takes, {self.model.max_seq_len}"
             )
+        check_order(self.estimator.masking, self.model, self.decoding)
         if approximate(self.model, self.decoding):
             self.say(
                 f"decoding.cache: {self.decoding.cache}: answers are sampled by an approximation "

@@ -9,7 +9,10 @@ from torch import Generator, Tensor
 
 from mdm_plugin.contract import Masking, Times, TimestepSampler, Views
 from mdm_plugin.density import Density
+from mdm_plugin.errors import UserError
+from mdm_plugin.generation import Decoding
 from mdm_plugin.masking import random_order
+from mdm_plugin.models import MDMTransformer
 
 
 class GaussQuadrature(TimestepSampler):
@@ -137,4 +140,24 @@ class LeftToRight(Masking):
         # A mean over views: times their number, and each position counts once.
         return Views(
             mask, torch.full((self.views, len(t)), float(self.views), dtype=t.dtype), hidden
+        )
+
+
+def check_order(masking: Masking, model: MDMTransformer, decoding: Decoding) -> None:
+    """Refuse to score answers in another order than they are written in.
+
+    Raises:
+        UserError: if ``masking`` is ``LeftToRight``, and the answers are not written so.
+    """
+    if not isinstance(masking, LeftToRight):
+        return
+    if model.block_length != masking.views:
+        raise UserError(
+            f"masking.views: {masking.views}: LeftToRight has a view for each token of a block: "
+            f"use model.block_length, {model.block_length}"
+        )
+    if decoding.block_length != 1:
+        raise UserError(
+            f"decoding.block_length: {decoding.block_length}: LeftToRight scores answers that are "
+            "written one token after another: set it to 1"
         )

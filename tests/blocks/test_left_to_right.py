@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mdm_plugin.alignment import DrawPlan, bounds, drawn
-from mdm_plugin.alignment.estimates import LeftToRight
+from mdm_plugin.alignment.estimates import LeftToRight, check_order
 from mdm_plugin.contract import Blocks, Estimator
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.distributed.world import World
+from mdm_plugin.errors import UserError
 from mdm_plugin.generation import Decoding, TokenIds, generate
 from mdm_plugin.loss import MDMLoss
 from mdm_plugin.masking import Complement
@@ -74,6 +75,16 @@ def test_answers_are_drawn_by_these_probabilities(shift):
     found = torch.bincount(written[:, 0] * WORDS + written[:, 1], minlength=WORDS**n) / rows
     error = (p * (1 - p) / rows).sqrt()
     assert ((found - p).abs() < 4 * error + 1e-4).all()
+
+
+def test_answers_that_are_written_in_another_order_are_refused():
+    model, how = a_model(shift=False), Decoding(temperature=1.0, block_length=1)
+    check_order(LeftToRight(4), model, how)
+    check_order(Complement(), model, Decoding(temperature=1.0))
+    with pytest.raises(UserError, match=r"decoding\.block_length: None.*set it to 1"):
+        check_order(LeftToRight(4), model, Decoding(temperature=1.0))
+    with pytest.raises(UserError, match=r"masking\.views: 2.*model\.block_length, 4"):
+        check_order(LeftToRight(2), model, how)
 
 
 def test_more_positions_than_views_are_refused():
