@@ -30,7 +30,7 @@ from mdm_plugin.alignment.bounds import check_draws, sharing, token_bounds
 from mdm_plugin.alignment.estimates import check_order
 from mdm_plugin.alignment.policy import PolicyLoss
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
-from mdm_plugin.alignment.rewards import advantages, read_rewards
+from mdm_plugin.alignment.rewards import advantages, check_advantages, read_rewards
 from mdm_plugin.alignment.rollouts import (
     Rollout,
     Writing,
@@ -203,8 +203,8 @@ class MDMReinforcement(MDMFinetune):
         gains, differs = advantages(
             total,
             cfg.group_size,
+            baseline=cfg.baseline,
             by_deviation=cfg.by_deviation,
-            leave_one_out=cfg.leave_one_out,
         )
         figures = {
             "reward/mean": float(total.nanmean()),
@@ -306,8 +306,7 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
     for key in ("group_size", "max_new_tokens", "updates"):
         if cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
-    if cfg.group_size < 2:
-        raise UserError("group_size: 1: an answer is judged beside the others to its prompt")
+    check_advantages(cfg.baseline, cfg.by_deviation, cfg.group_size)
     check_draws(estimator, cfg.draws)
     if loss.by_token and estimator.masking.by_count:
         raise UserError(
@@ -328,6 +327,8 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
         )
     if cfg.equal_groups not in ("keep", "skip"):
         raise UserError(f"equal_groups: {cfg.equal_groups}: use keep or skip")
+    if cfg.equal_groups == "skip" and cfg.baseline == "none":
+        raise UserError("equal_groups: skip: without a baseline they teach too: use keep")
     if cfg.batch_layout != "padded":
         raise UserError(f"batch_layout: {cfg.batch_layout}: answers are padded: leave it out")
     if cfg.train_eos_padding:

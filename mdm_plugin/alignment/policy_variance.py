@@ -30,7 +30,7 @@ from mdm_plugin.alignment.bounds import DrawPlan, add_gradient, drawn, token_bou
 from mdm_plugin.alignment.looks import Spread, check_options, load, read_estimator
 from mdm_plugin.alignment.policy import PolicyLoss, check_ratio
 from mdm_plugin.alignment.policy_report import Seen, write_policy
-from mdm_plugin.alignment.rewards import advantages, read_rewards
+from mdm_plugin.alignment.rewards import advantages, check_advantages, read_rewards
 from mdm_plugin.alignment.rollouts import Rollout, Writing, rewarded, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator
@@ -85,9 +85,10 @@ class PolicyVariance:
         check_options(cfg, "policy", own)
         if cfg.dataset is not None:
             raise UserError("dataset: the model writes the rows of a policy: leave it out")
-        for key, least in (("group_size", 2), ("reward_timeout", 1e-3), ("step", 0)):
+        for key, least in (("group_size", 1), ("reward_timeout", 1e-3), ("step", 0)):
             if own[key] < least:
                 raise UserError(f"policy.{key}: {own[key]}: use {least} or more")
+        check_advantages(own.baseline, own.by_deviation, own.group_size, "policy.")
         self.tokenizer = instantiate(cfg, "tokenizer")
         try:
             self.rewards = read_rewards(own)
@@ -196,7 +197,7 @@ class PolicyVariance:
         for line in failures[:1]:
             self.say(f"an answer has no reward: {line}")
         gains, _ = advantages(
-            total, own.group_size, by_deviation=own.by_deviation, leave_one_out=own.leave_one_out
+            total, own.group_size, baseline=own.baseline, by_deviation=own.by_deviation
         )
         return Judged(rollout.batches, gains)
 

@@ -155,20 +155,25 @@ def brevity(characters: int) -> Function:
     return lambda completion, row: max(0.0, 1 - len(completion) / characters)
 
 
+BASELINES = ("mean", "leave_one_out", "none")
+
+
 def advantages(
-    rewards: Tensor, group: int, *, by_deviation: bool = False, leave_one_out: bool = False
+    rewards: Tensor, group: int, *, baseline: str = "mean", by_deviation: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """How much better each answer is than the others to its prompt.
+    """How much an answer is to be made likelier: by how much better it is than a baseline.
 
     Args:
         rewards: [P·G], fp64, the G answers to a prompt together; NaN for no reward.
         group: G.
-        by_deviation: divide by the group's standard deviation (GRPO); else r − mean (Dr. GRPO).
-        leave_one_out: the mean is of the other answers (RLOO): G/(G − 1) times r − mean.
+        baseline: ``mean``: of the group (Dr. GRPO). ``leave_one_out``: of the other answers (RLOO),
+            G/(G − 1) times r − mean. ``none``: 0, so that the advantage is the reward itself: with
+            rewards of 0 and 1, fine-tuning on the answers that are right (expert iteration).
+        by_deviation: divide by the group's standard deviation (GRPO).
 
     Returns:
         Advantages [P·G], 0 for an answer without a reward; and [P], whether a group's rewards are
-        not all the same: the others teach nothing.
+        not all the same: with a baseline the others teach nothing.
     """
     by_group = rewards.view(-1, group)
     known = ~by_group.isnan()
@@ -176,9 +181,28 @@ def advantages(
     values = by_group.nan_to_num(0.0)
     change = torch.where(known, values - values.sum(1, keepdim=True) / count, 0)
     differs = (change.abs() > 1e-12).any(1)
+    if baseline == "none":
+        return values.flatten(), differs
     variance = change.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
-    if leave_one_out:
+    if baseline == "leave_one_out":
         change = change * count / (count - 1).clamp(min=1)
     if by_deviation:
         change = change / variance.sqrt().clamp(min=1e-6)
     return torch.where(differs[:, None], change, 0).flatten(), differs
+
+
+def check_advantages(baseline: str, by_deviation: bool, group: int, where: str = "") -> None:
+    """Refuse what gives no advantages; ``where`` precedes the keys.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if baseline not in BASELINES:
+        raise UserError(f"{where}baseline: {baseline}: use {', '.join(BASELINES)}")
+    if baseline != "none" and group < 2:
+        raise UserError(
+            f"{where}group_size: 1: an answer is judged beside the others to its prompt: use 2 or "
+            "more, or baseline: none"
+        )
+    if baseline == "none" and by_deviation:
+        raise UserError(f"{where}by_deviation: goes with a baseline, and baseline is none")

@@ -129,7 +129,7 @@ class GRPOOptions(Options):
     share_noise: bool = False  # one noise for all answers to a prompt; else each has its own
     updates_share_noise: bool = True  # one noise for all updates of a step; else each has its own
     by_deviation: bool = False  # divide advantages by their group's standard deviation
-    leave_one_out: bool = False  # compare an answer with the mean of the others
+    baseline: str = "mean"  # of a prompt's answers; leave_one_out: of the others; none: 0
     equal_groups: str = "keep"  # whose answers are all worth the same: keep or skip, in the loss
     reference: str | None = None  # adapters_off or model, where the loss has a KL divergence
     train_eos_padding: bool = False  # True is refused: answers end where the model ends them
@@ -159,7 +159,7 @@ class PolicyNoise:
     max_new_tokens: int = 256  # the longest answer
     reward_timeout: float = 10.0  # seconds that a reward may take for an answer
     by_deviation: bool = False  # divide advantages by their group's standard deviation
-    leave_one_out: bool = False  # compare an answer with the mean of the others
+    baseline: str = "mean"  # of a prompt's answers; leave_one_out: of the others; none: 0
     draws: int = 4  # forwards that each bound is estimated from; estimators may have their own
     repeats: int = 3  # pairs of looks at the same answers by each estimator, with other noise
     # The model has made a step so long along the first estimator's gradient since it answered, and

@@ -19,7 +19,7 @@ from mdm_plugin.noise import keyed_generator
 class Corrupted(NamedTuple):
     """A micro-batch with its masks drawn: V views of R rows of L tokens.
 
-    Of a model with blocks, ``blocks.corrupt_blocks``: read blocks for rows in what follows, but for
+    Of a model with blocks (``corrupt_blocks``): read blocks for rows in what follows, but for
     noisy, attend and input_pos.
 
     noisy: [V·R, L], long, what the model sees; [R, W] of a ``BlockAttention``.

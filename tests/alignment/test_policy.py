@@ -10,7 +10,13 @@ from mdm_plugin.alignment import DrawPlan, add_gradient, bounds, drawn
 from mdm_plugin.alignment.bounds import token_bounds
 from mdm_plugin.alignment.estimates import Coupled, FullyMasked, GaussQuadrature, RoundedCount
 from mdm_plugin.alignment.policy import PolicyLoss
-from mdm_plugin.alignment.rewards import Reward, advantages, read_rewards, reward_answers
+from mdm_plugin.alignment.rewards import (
+    Reward,
+    advantages,
+    check_advantages,
+    read_rewards,
+    reward_answers,
+)
 from mdm_plugin.alignment.rollouts import Rollout
 from mdm_plugin.contract import Estimator
 from mdm_plugin.data.prompts import Prompt
@@ -27,12 +33,22 @@ def test_advantages_are_the_formulas_and_answers_without_a_reward_are_left_out()
     plain, differs = advantages(rewards, 4)
     assert plain.tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
     assert differs.tolist() == [True, False]
-    others, _ = advantages(rewards, 4, leave_one_out=True)
+    others, _ = advantages(rewards, 4, baseline="leave_one_out")
     for i in range(4):  # r_i minus the mean of the other three
         rest = rewards[:4].sum() - rewards[i]
         assert others[i] == pytest.approx(float(rewards[i] - rest / 3))
     scaled, _ = advantages(rewards, 4, by_deviation=True)
     assert torch.allclose(scaled[:4], plain[:4] / rewards[:4].std())
+    whole, differs = advantages(rewards, 4, baseline="none")
+    assert whole.tolist() == [1, 0, 0, 1, 1, 1, 1, 0] and differs.tolist() == [True, False]
+    for wrong, key in (
+        (("median", False, 4), "baseline: median"),
+        (("mean", False, 1), "group_size: 1"),
+        (("none", True, 4), "by_deviation"),
+    ):
+        with pytest.raises(UserError, match=key):
+            check_advantages(*wrong)
+    check_advantages("none", False, 1)
     mixed = torch.tensor([2.0, torch.nan, 1.0, 0.0]).double()
     assert advantages(mixed, 4)[0].tolist() == [1.0, 0.0, 0.0, -1.0]
 
