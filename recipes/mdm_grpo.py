@@ -46,7 +46,7 @@ from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt, read_prompts
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.exact_match import exact_match
-from mdm_plugin.evaluation.inference import read_decoding
+from mdm_plugin.evaluation.inference import check_writing, read_decoding
 from mdm_plugin.evaluation.validation import read_questions
 from mdm_plugin.generation import Decoding
 from mdm_plugin.noise import seed_of
@@ -108,6 +108,7 @@ class MDMReinforcement(MDMFinetune):
     def _setup_model(self, checkpoint: Path | None) -> None:
         super()._setup_model(checkpoint)
         cfg, longest = self.cfg, self.rows.facts.longest
+        check_writing(self.model, self.decoding, cfg.max_new_tokens)
         if longest + cfg.max_new_tokens > self.model.max_seq_len:
             raise UserError(
                 f"max_new_tokens: {cfg.max_new_tokens} after a prompt of {longest} tokens are more "

@@ -46,10 +46,6 @@ def read_blocks(
             if cfg[key] != unset:
                 raise UserError(f"{key}: the model has no blocks: set model.block_length")
         return BlockSchedule()
-    if model.max_seq_len % size:
-        raise UserError(
-            f"model.max_seq_len: {model.max_seq_len} is no multiple of block_length, {size}"
-        )
     if cfg.batch_layout == "packed":
         raise UserError(
             "batch_layout: packed: rows in blocks have their clean copies beside them: use grouped"
