@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mdm_plugin.generation import (
     Decoding,
@@ -182,6 +183,20 @@ def test_rows_that_are_done_go_through_the_model_no_more(model, prompts):
     with hook:
         written(model, prompts, Decoding(cache="prefix"), IDS._replace(eos_id=eos), n=24)
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 50 == sizes[0]
+
+
+def test_compiled_layers_write_the_same_and_longer_texts_make_no_more_graphs(prompts):
+    torch.manual_seed(0)
+    model, few = MODELS["Fast-dLLM, shifted"]().eval(), prompts[:3]
+    plain = written(model, few, Decoding(), n=28)
+    for layer in model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    graphs = []
+    for n in (16, 16, 28):
+        texts = written(model, few, Decoding(cache="prefix"), n=n)
+        assert texts == [x[:n] for x in plain]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[2] == graphs[1], graphs
 
 
 def test_a_model_that_has_failed_has_no_caches_left(model, prompts):
