@@ -23,6 +23,8 @@ from mdm_plugin.checkpoint.manifest import MANIFEST
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.distributed.world import World
+from mdm_plugin.models import MDMTransformer
+from mdm_plugin.models.naming import BLOCK_LENGTH
 
 # What goes with the weights into an export: configuration, tokenizer and the model's own code,
 # which is carried along as text and never run here.
@@ -72,6 +74,9 @@ def save_weights(
     }
     embeddings = values["tok_embeddings.weight"]
     config = dict(source.config)
+    for name in BLOCK_LENGTH:
+        if name in config and isinstance(model, MDMTransformer):
+            config[name] = model.block_length
     for name in ("vocab_size", "embedding_size"):
         if name in config:
             config[name] = embeddings.shape[0]

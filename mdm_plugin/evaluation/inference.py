@@ -17,7 +17,7 @@ from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.generation import Decoding, check_lengths
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
-from mdm_plugin.training.checks import check_checkpoint, check_data
+from mdm_plugin.training.checks import check_block_length, check_checkpoint, check_data
 
 
 def read_decoding(cfg: DictConfig) -> Decoding:
@@ -88,6 +88,7 @@ def load_model(
             "with theirs, or the model's builder without lora_, for weights that have them merged"
         )
     check_checkpoint(checkpointer.weights, model, tokenizer)
+    check_block_length(checkpointer.weights, model)
     check_data(model, tokenizer, rows)
     check_writing(model, decoding, cfg.max_new_tokens, prompts)
     checkpointer.load_weights(model)
