@@ -206,8 +206,8 @@ def as_llada(truth):
 
 
 def opened_by_transformers(directory: Path, family: str, copy: Path, **sizes):
-    """A checkpoint in transformers, fp32: Dream's as the Qwen2 that it is, SDAR's as Qwen3; LLaDA's,
-    of which transformers has no model, in Llama, by the names of its tensors."""
+    """A checkpoint in transformers, fp32: Dream's as the Qwen2 that it is, SDAR's as Qwen3; LLaDA's
+    in Llama, by the names of its tensors, as transformers has no model of it."""
     import transformers
 
     if family == "llada":
@@ -219,6 +219,8 @@ def opened_by_transformers(directory: Path, family: str, copy: Path, **sizes):
     config = json.loads((copy / "config.json").read_text())
     kind = SHAPES[family]
     (copy / "config.json").write_text(json.dumps({**config, "model_type": kind.lower()}))
-    return getattr(transformers, f"{kind}ForCausalLM").from_pretrained(
-        copy, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    return (
+        getattr(transformers, f"{kind}ForCausalLM")
+        .from_pretrained(copy, attn_implementation="eager", dtype=torch.float32)
+        .eval()
+    )

@@ -231,7 +231,8 @@ def in_blocks(file: Path) -> str | None:
     for key in BLOCK_LENGTH:
         if key in stated:
             return (
-                f"hf_assets_path: {file} says {key} {stated[key]}: the model writes block by block, "
-                "and torchtitan's rows have no clean copies beside them: use mdm_full_finetune"
+                f"hf_assets_path: {file} says {key} {stated[key]}: the model writes block by "
+                "block, and torchtitan's rows have no clean copies beside them: use "
+                "mdm_full_finetune"
             )
     return None

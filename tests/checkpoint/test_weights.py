@@ -131,7 +131,7 @@ def test_embeddings_that_are_the_head_too_are_stored_once(tmp_path):
     before, after = tensors(directory), tensors(out)
     assert before.keys() == after.keys() and "lm_head.weight" not in after
     assert all(torch.equal(x, after[name]) for name, x in before.items())
-    with pytest.raises(UserError, match="the checkpoint lacks lm_head.weight"):
+    with pytest.raises(UserError, match=r"the checkpoint lacks lm_head\.weight"):
         source.load(ours("sdar"))
 
 
