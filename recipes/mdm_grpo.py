@@ -86,8 +86,7 @@ class MDMReinforcement(MDMFinetune):
         self.decoding: Decoding = read_decoding(cfg)
         if not self.decoding.temperature:
             raise UserError(
-                "decoding.temperature: 0 gives all answers to a prompt alike: set it, to 0.9 for "
-                "example"
+                "decoding.temperature: 0 gives all answers to a prompt alike: set it, as to 0.9"
             )
 
     def _setup_data(self, accumulation: int) -> None:

@@ -70,14 +70,12 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
         accumulation = max(1, cfg.global_batch_size // (cfg.batch_size * ranks))
     mode = FakeTensorMode()
     model = _fake_model(cfg, adapters, mode)
-    estimator = _estimator(cfg, model)
-    blocks = block_schedule(cfg, model, estimator)
-    estimator = estimator._replace(blocks=blocks.shortest())
+    estimator, whole = _estimator(cfg, model)
     check_precision(cfg)
     count = cfg.batch_size * (cfg.group_size if "prompts" in cfg else together)
     size = count * ranks * accumulation
     length, lines = _data(cfg, model, size, estimator)
-    multiple = math.lcm(cfg.pad_to_multiple_of, blocks.multiple)
+    multiple = math.lcm(cfg.pad_to_multiple_of, whole)
     length = -(-length // multiple) * multiple
     shards = ranks // cfg.data_parallel_replicate_dim
     masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
@@ -110,11 +108,12 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     return "\n".join(out) + _fit(cfg, need, given, written)
 
 
-def _estimator(cfg: DictConfig, model: MDMTransformer) -> Estimator:
-    """The config's, for the model, at the start of training."""
+def _estimator(cfg: DictConfig, model: MDMTransformer) -> tuple[Estimator, int]:
+    """The config's, for the model, at the start of training; and tokens that are whole blocks."""
     estimator = read_estimator(cfg, mask_id=0)._replace(w=read_objective(cfg)(0.0))
     check_estimator(estimator, is_causal(model))
-    return estimator
+    blocks = block_schedule(cfg, model, estimator)
+    return estimator._replace(blocks=blocks.shortest()), blocks.multiple
 
 
 def _rows(count: int, length: int) -> Batch:
