@@ -58,7 +58,8 @@ def test_each_large_config_is_for_its_recipe():
     }
     large = [name for name in config_names() if "/" in name]
     both = {f"{x}_{y}" for x in ("llada/8B", "dream/7B") for y in recipes}
-    assert set(large) == {*both, "llada/8B_dpo"}
+    in_blocks = {"sdar/4B_full", "sdar/4B_lora", "fast_dllm/7B_lora"}
+    assert set(large) == {*both, "llada/8B_dpo", *in_blocks}
     recipes["dpo"] = "mdm_dpo"
     assert all(recipe_of(name) == recipes[name.partition("B_")[2]] for name in large)
 
