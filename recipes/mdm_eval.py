@@ -64,7 +64,7 @@ class MDMEval:
             self.read(task)
         prompts = [prompt for x in self.questions.values() for prompt in x.prompts]
         self.model, files = load_model(
-            cfg, world, self.tokenizer, prompts, self.rows, purpose="evaluate"
+            cfg, world, self.tokenizer, self.decoding, prompts, self.rows, purpose="evaluate"
         )
         # Each rank has rows of its own.
         self.estimator = BoundEstimator(

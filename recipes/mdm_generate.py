@@ -64,7 +64,7 @@ class MDMGenerate:
         self.prompts = read_prompts(
             self.tokenizer, cfg.prompt, cfg.prompts, cfg.system_prompt, cfg.chat
         )
-        self.model, _ = load_model(cfg, world, self.tokenizer, self.prompts)
+        self.model, _ = load_model(cfg, world, self.tokenizer, self.decoding, self.prompts)
 
     def _check_samples(self) -> None:
         cfg = self.cfg

@@ -47,7 +47,7 @@ from mdm_plugin.data import Rows
 from mdm_plugin.data.prompts import Prompt, read_prompts
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.exact_match import exact_match
-from mdm_plugin.evaluation.inference import read_decoding
+from mdm_plugin.evaluation.inference import check_writing, read_decoding
 from mdm_plugin.evaluation.validation import read_questions
 from mdm_plugin.generation import Decoding
 from mdm_plugin.noise import seed_of
@@ -87,8 +87,7 @@ class MDMReinforcement(MDMFinetune):
         self.decoding: Decoding = read_decoding(cfg)
         if not self.decoding.temperature:
             raise UserError(
-                "decoding.temperature: 0 gives all answers to a prompt alike: set it, to 0.9 for "
-                "example"
+                "decoding.temperature: 0 gives all answers to a prompt alike: set it, as to 0.9"
             )
 
     def _setup_data(self, accumulation: int) -> None:
@@ -109,6 +108,7 @@ class MDMReinforcement(MDMFinetune):
     def _setup_model(self, checkpoint: Path | None) -> None:
         super()._setup_model(checkpoint)
         cfg, longest = self.cfg, self.rows.facts.longest
+        check_writing(self.model, self.decoding, cfg.max_new_tokens)
         if longest + cfg.max_new_tokens > self.model.max_seq_len:
             raise UserError(
                 f"max_new_tokens: {cfg.max_new_tokens} after a prompt of {longest} tokens are more "

@@ -43,6 +43,7 @@ from mdm_plugin.masking import NextToken
 from mdm_plugin.models import MDMTransformer
 from mdm_plugin.noise import keyed_generator
 from mdm_plugin.timesteps import Uniform
+from mdm_plugin.training.blocks import check_sampler
 from mdm_plugin.training.checks import check_data
 from mdm_plugin.training.corruption import corrupt, first_blocks
 from mdm_plugin.training.estimators import (
@@ -152,6 +153,8 @@ class MDMVariance:
             estimator = as_estimator(timesteps, masking, loss, mask_id, where)
             estimator = estimator._replace(w=w, blocks=blocks)
             check_estimator(estimator, is_causal(model), where)
+            if blocks:
+                check_sampler(estimator, where)
             self.candidates.append(Candidate(name, estimator, model))
         if not self.candidates:
             raise UserError("estimators: name at least one")

@@ -38,7 +38,25 @@ TO_LLADA = {
     "model.layers": "model.transformer.blocks",
 }
 
+# transformers' model of each family's shape, and what its config.json says in the place of that's.
+SHAPES = {
+    **dict.fromkeys(("llada", "llama"), "Llama"),
+    **dict.fromkeys(("Dream", "qwen2", "Fast_dLLM_Qwen"), "Qwen2"),
+    "sdar": "Qwen3",
+}
+STATED = {
+    "Dream": {"model_type": "Dream"},
+    "sdar": {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4},
+    "Fast_dLLM_Qwen": {
+        "model_type": "Fast_dLLM_Qwen",
+        "architectures": ["Fast_dLLM_QwenForCausalLM"],
+        "bd_size": 8,
+    },
+}
+HEAD_DIM = 24  # of Qwen3's shape, in which heads need not make up the width
+
 DREAM_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+MASK_TOKENS = {"Dream": "<|mask|>", "sdar": "<|MASK|>", "Fast_dLLM_Qwen": "|<MASK>|"}
 DREAM_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -46,12 +64,13 @@ DREAM_TEMPLATE = (
 
 
 def oracle(family: str, kv_heads: int = 4, dtype=torch.float32, **sizes):
-    """transformers' model of the shape: Llama for LLaDA, Qwen2 for Dream."""
+    """transformers' model of the shape: Llama for LLaDA, Qwen2 for Dream, Qwen3 for SDAR."""
     import transformers
 
-    kind = "Llama" if family in ("llada", "llama") else "Qwen2"
+    kind = SHAPES[family]
+    sizes = {"head_dim": HEAD_DIM, **sizes} if kind == "Qwen3" else sizes
     config = getattr(transformers, f"{kind}Config")(
-        **{**SIZES, **sizes},
+        **{"tie_word_embeddings": False, **SIZES, **sizes},
         num_key_value_heads=kv_heads,
         rms_norm_eps=1e-5 if family == "llada" else 1e-6,
         rope_parameters={
@@ -60,7 +79,6 @@ def oracle(family: str, kv_heads: int = 4, dtype=torch.float32, **sizes):
         },
         max_position_embeddings=64,
         attn_implementation="eager",
-        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
@@ -78,8 +96,7 @@ def write(model, directory: Path, family: str, shard_size="40KB") -> None:
     """Write ``model`` as a checkpoint of ``family``, in shards with an index."""
     model.save_pretrained(directory, max_shard_size=shard_size)
     config = json.loads((directory / "config.json").read_text())
-    if family == "Dream":
-        config["model_type"] = "Dream"
+    config |= STATED.get(family, {})
     if family == "llada":
         # LLaDA's own names and keys; transformers has no LLaDA to write them.
         config = {
@@ -121,7 +138,8 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 def write_tokenizer(directory: Path, family: str, texts: list[str], data_dir: Path) -> None:
     """The quickstart's tokenizer, as LLaDA's checkpoints have theirs; or one that is trained on
-    ``texts``, as Dream's have it: vocab.json and merges.txt, code of its own, no tokenizer.json."""
+    ``texts``, as Dream's and those with blocks have it: vocab.json and merges.txt, code of its own,
+    no tokenizer.json."""
     if family == "llada":
         settings = json.loads((data_dir / "tokenizer_config.json").read_text())
         del settings["mask_token"]  # the config names it
@@ -136,14 +154,16 @@ def write_tokenizer(directory: Path, family: str, texts: list[str], data_dir: Pa
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     added = {
         str(i): {"content": token, "special": True, **flags}
-        for i, token in enumerate(DREAM_TOKENS, trained.get_vocab_size())
+        for i, token in enumerate(
+            [*DREAM_TOKENS[:-1], MASK_TOKENS[family]], trained.get_vocab_size()
+        )
     }
     settings = {
         "added_tokens_decoder": dict(reversed(added.items())),
         "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
         "chat_template": DREAM_TEMPLATE,
         "eos_token": "<|endoftext|>",
-        "mask_token": "<|mask|>",
+        "mask_token": MASK_TOKENS[family],
         "pad_token": "<|endoftext|>",
         "tokenizer_class": "DreamTokenizer",
     }
@@ -186,8 +206,8 @@ def as_llada(truth):
 
 
 def opened_by_transformers(directory: Path, family: str, copy: Path, **sizes):
-    """A checkpoint in transformers, fp32: Dream's as the Qwen2 that it is; LLaDA's, of which
-    transformers has no model, in Llama, by the names of its tensors."""
+    """A checkpoint in transformers, fp32: Dream's as the Qwen2 that it is, SDAR's as Qwen3; LLaDA's
+    in Llama, by the names of its tensors, as transformers has no model of it."""
     import transformers
 
     if family == "llada":
@@ -197,7 +217,10 @@ def opened_by_transformers(directory: Path, family: str, copy: Path, **sizes):
         return model
     shutil.copytree(directory, copy)
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    return transformers.Qwen2ForCausalLM.from_pretrained(
-        copy, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    kind = SHAPES[family]
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": kind.lower()}))
+    return (
+        getattr(transformers, f"{kind}ForCausalLM")
+        .from_pretrained(copy, attn_implementation="eager", dtype=torch.float32)
+        .eval()
+    )

@@ -35,6 +35,8 @@ def test_ls_cat_and_validate_know_our_recipes_and_torchtune_s(command):
     assert "mdm_full_finetune" in listing and "quickstart" in listing
     for family in ("llada/8B", "dream/7B"):
         assert {f"{family}_eval", f"{family}_generate"} <= set(listing.split())
+    assert {"sdar/4B_full", "sdar/4B_lora", "fast_dllm/7B_lora"} <= set(listing.split())
+    assert {"quickstart_block", "quickstart_block_variance"} <= set(listing.split())
     assert "full_finetune_distributed" in listing
     shown = yaml.safe_load(command("mdm", "cat", "quickstart").stdout)
     assert shown["loss"]["_component_"] == "mdm_plugin.loss.MDMLoss"

@@ -23,13 +23,19 @@ from mdm_plugin import cli
 from mdm_plugin.config.loading import load_config
 from mdm_plugin.config.options import Options
 from tests import forks
-from tests.checkpoints import oracle, write, write_tokenizer
+from tests.checkpoints import HEAD_DIM, oracle, write, write_tokenizer
 from tests.commands import MARKS, PAGES, ROOT, blocks, commands
 from tests.config.test_config import OPTIONS
 from tests.conftest import scalars
-from tests.test_journey import FAMILIES, SHORT, SMALL
+from tests.test_journey import FAMILIES as BIDIRECTIONAL
+from tests.test_journey import SHORT, SMALL
 
 pytestmark = pytest.mark.slow
+FAMILIES = {
+    **BIDIRECTIONAL,
+    "sdar": ("sdar/4B", "mdm_plugin.models.{}qwen3"),
+    "Fast_dLLM_Qwen": ("fast_dllm/7B", "mdm_plugin.models.{}dream"),
+}
 QUICKSTART = ("prepare=null", "epochs=1", "max_steps_per_epoch=2", "run_val_every_n_steps=null")
 VARIANCE = [
     "prepare=null",
@@ -38,16 +44,6 @@ VARIANCE = [
     "batch_size=4",
     "autoregressive=null",
 ]
-# P-POTS probes with 2,000 forwards each; two estimators are enough to compare.
-
-
-def fewer(config: str) -> list[str]:
-    named = yaml.safe_load((ROOT / f"configs/{config}.yaml").read_text())["estimators"]
-    first, block = next(iter(named)), "block" in config
-    cuts = [x for x in VARIANCE if not (block and x.startswith("autoregressive"))]
-    return cuts + [f"~estimators.{x}" for x in named if x not in (first, "FixedCount")]
-
-
 PLACES = ("output_dir=", "dataset.source=my.jsonl", "dataset.source=/")
 TASKS = ("draws=2", "max_new_tokens=8")
 # What a page has the user write.
@@ -133,10 +129,15 @@ def machine(data_dir, tmp_path_factory):
     trained(
         "mdm_full_finetune", "quickstart_pretrain", "pretraining", "../home/quickstart/pretrained"
     )
+    trained(
+        "mdm_full_finetune",
+        "quickstart_autoregressive",
+        "autoregression",
+        "../home/quickstart/autoregressive",
+    )
     trained("mdm_full_finetune", "quickstart", "home/quickstart/run", "step_1840")
-    shutil.copytree(home / "run/step_1840", place / "runs/step_1000")
-    shutil.copytree(home / "pretrained", home / "autoregressive")  # in its place
     trained("mdm_full_finetune", "quickstart_block", "home/quickstart/block", "step_460")
+    shutil.copytree(home / "run/step_1840", place / "runs/step_1000")
     trained("mdm_full_finetune", "llada/8B_full", "LLaDA-8B-Instruct-full", "step_1000")
     trained("mdm_lora_finetune", "llada/8B_lora", "LLaDA-8B-Instruct-lora", "step_1000")
     evaluate = f"tune run mdm_eval --config quickstart_eval output_dir={place / 'before'}"
@@ -144,17 +145,28 @@ def machine(data_dir, tmp_path_factory):
     return place
 
 
+def variance(config: str) -> list[str]:
+    """Of mdm_variance. P-POTS probes with 2,000 forwards each; two estimators are enough."""
+    file = ROOT / f"configs/{config}.yaml"
+    names = yaml.safe_load(file.read_text())["estimators"] if file.is_file() else {}
+    return [*VARIANCE, *(f"~estimators.{x}" for x in names if x not in ("Standard", "FixedCount"))]
+
+
 def cut(recipe: str, config: str, given: list[str], place: Path) -> list[str]:
     """Overrides that make a command small."""
-    if config.startswith(("llada/", "dream/")):
-        family = "llada" if config.startswith("llada") else "Dream"
+    of = [x for x, (name, *_) in FAMILIES.items() if config.startswith(name.split("/")[0] + "/")]
+    if of:
+        family, in_blocks = of[0], of[0] not in BIDIRECTIONAL
         kind = "lora_" if recipe == "mdm_lora_finetune" else ""
         cuts = [*SMALL, f"model={FAMILIES[family][1].format(kind)}", "model.max_seq_len=160"]
-        cuts += ["model.num_kv_heads=4"] if family == "Dream" else []
+        cuts += ["model.num_kv_heads=4"] if family != "llada" else []
+        cuts += [f"model.head_dim={HEAD_DIM}"] if family == "sdar" else []
+        cuts += ["model.block_length=8"] if family == "Fast_dLLM_Qwen" else []
         if not any(x.startswith("checkpoint_dir=") for x in given):
             cuts.append(f"checkpoint_dir={place / family}")
         if recipe.endswith("finetune"):
             other = any(x.startswith("timesteps=") and "Pareto" not in x for x in given)
+            other = other or in_blocks  # whose configs have no probe
             cuts += [x for x in SHORT if not (other and x.startswith("timesteps."))]
             cuts += ["epochs=1", "max_steps_per_epoch=1", "compile=False"]
             cuts += ["save_every_n_steps=null", "dataset_val.max_rows=4", "val_draws=2"]
@@ -163,10 +175,9 @@ def cut(recipe: str, config: str, given: list[str], place: Path) -> list[str]:
         else:
             cuts += ["max_new_tokens=32", "decoding.block_length=16"]
         return cuts
+    cuts = {"mdm_eval": TASKS, "mdm_generate": ()}.get(recipe, QUICKSTART)
     if recipe == "mdm_variance":
-        cuts = fewer(config)
-    else:
-        cuts = {"mdm_eval": TASKS, "mdm_generate": ()}.get(recipe, QUICKSTART)
+        cuts = variance(config)
     probed = any("Pareto" in x for x in given)
     return [*cuts, *(x for x in SHORT if probed and x.startswith("timesteps."))]
 
@@ -190,11 +201,9 @@ def tune(words: list[str], place: Path, new: bool = False) -> Path:
     if config == "my.yaml":
         packaged = {"mdm_eval": "quickstart_eval"}.get(recipe, "quickstart")
         shutil.copy(ROOT / f"configs/{packaged}.yaml", place / config)
-    elsewhere = config.startswith(("sdar/", "fast_dllm/"))
-    elsewhere = elsewhere or config.endswith(("dpo_variance", "grpo_variance"))
-    if recipe in ("mdm_dpo", "mdm_grpo") or elsewhere:
-        # tests/test_journey_alignment.py, tests/recipes/ and tests/blocks/ run them, so cut.
-        load_config(config, given, OPTIONS.get(recipe, Options))
+    if recipe in ("mdm_dpo", "mdm_grpo") or config.endswith(("dpo_variance", "grpo_variance")):
+        # tests/test_journey_alignment.py and tests/recipes/ run them, so cut.
+        load_config(config, given, OPTIONS[recipe])
         return place
     # What was run before, from another file or to another place, is read alone.
     effect = (ranks, recipe, *[x for x in (config, *given) if not x.startswith(PLACES)])

@@ -40,7 +40,7 @@ from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.distributed.gradients import folded_gradient, total_norm
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.evaluation.inference import read_decoding
+from mdm_plugin.evaluation.inference import check_writing, read_decoding
 from mdm_plugin.training.checks import check_data
 from mdm_plugin.training.estimators import derived
 
@@ -119,6 +119,10 @@ class PolicyVariance:
         # The model that answered, where it is another than the one that is measured.
         self.old = load(cfg, world, checkpointer).train() if own.step else None
         check_data(self.model, self.tokenizer, rows)
+        try:
+            check_writing(self.model, self.decoding, own.max_new_tokens)
+        except UserError as error:
+            raise UserError(f"policy.{error}") from error
         if (longest := rows.facts.longest) + own.max_new_tokens > self.model.max_seq_len:
             raise UserError(
                 f"policy.max_new_tokens: {own.max_new_tokens} after a prompt of {longest} tokens "

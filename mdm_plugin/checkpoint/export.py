@@ -147,6 +147,8 @@ def _config(step: Path, family: str) -> dict[str, Any]:
         "rms_norm_eps": layer.sa_norm.eps,
         "vocab_size": vocabulary,
     }
+    if model.block_length:
+        common["block_size"] = model.block_length
     heads, key_heads = layer.attn.num_heads, layer.attn.num_kv_heads
     width, inner = model.tok_embeddings.embedding_dim, layer.mlp.w1.out_features
     if family == "llada":

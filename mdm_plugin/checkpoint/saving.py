@@ -23,6 +23,8 @@ from mdm_plugin.checkpoint.manifest import MANIFEST
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.distributed.world import World
+from mdm_plugin.models import MDMTransformer
+from mdm_plugin.models.naming import BLOCK_LENGTH
 
 # What goes with the weights into an export: configuration, tokenizer and the model's own code,
 # which is carried along as text and never run here.
@@ -70,14 +72,7 @@ def save_weights(
         "metadata": {"total_size": total},
         "weight_map": {name: file for file, members in files.items() for name in members},
     }
-    embeddings = values["tok_embeddings.weight"]
-    config = dict(source.config)
-    for name in ("vocab_size", "embedding_size"):
-        if name in config:
-            config[name] = embeddings.shape[0]
-    for name in ("torch_dtype", "dtype"):
-        if name in config:
-            config[name] = str(embeddings.dtype).removeprefix("torch.")
+    config = _config(source.config, model, values["tok_embeddings.weight"])
 
     def beside() -> None:
         if len(files) > 1:
@@ -89,6 +84,17 @@ def save_weights(
         (directory / "config.json").write_text(json.dumps(config, indent=2))
 
     yield beside
+
+
+def _config(stated: Mapping[str, Any], model: nn.Module, embeddings: Tensor) -> dict[str, Any]:
+    """A checkpoint's config.json, of the model as it is now."""
+    now: dict[str, Any] = {
+        **dict.fromkeys(("vocab_size", "embedding_size"), embeddings.shape[0]),
+        **dict.fromkeys(("torch_dtype", "dtype"), str(embeddings.dtype).removeprefix("torch.")),
+    }
+    if isinstance(model, MDMTransformer):
+        now |= dict.fromkeys(BLOCK_LENGTH, model.block_length)
+    return {name: now.get(name, value) for name, value in stated.items()}
 
 
 def _nothing() -> None:

@@ -2,10 +2,12 @@
 
 −log p(response | prompt) = −Σ_b log p(block b | the clean tokens before it), and each term has the
 bound of a row (``nelbo``), over the block's positions. All blocks of a row are masked in the same
-forward, each by a count and a set of its own, and a row's K draws share one clean copy. Blocks of
-one token have no bound but the likelihood itself: of one draw, without an error.
+forward, each by a count and a set of its own, and a row's K draws share one clean copy. A block of
+so few tokens that K draws are all of its masks has each of them once, and no error: so blocks of
+one token have the likelihood itself.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,10 +53,27 @@ class BlockDraws(NamedTuple):
         return x.unflatten(-1, (-1, self.size))[..., self.row, self.block, :]
 
 
+def most_draws(draws: int, size: int) -> int:
+    """How many masks of a block of ``size`` tokens may differ, ``draws`` at most."""
+    return min(draws, 2**size - 1)
+
+
+def every_mask(own: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """All masks of the tokens ``own`` [S], bool, and once more the first of them, to ``draws``.
+
+    [draws, S], bool, and how many tokens each masks, [draws].
+    """
+    n = int(own.sum())
+    number = torch.arange(draws) % (2**n - 1) + 1
+    masks = torch.zeros(draws, len(own), dtype=torch.bool)
+    masks[:, own] = (number[:, None] >> torch.arange(n)) % 2 > 0
+    return masks, masks.sum(1)
+
+
 def draw_blocks(
     rows: tuple[Tensor, Tensor, Tensor], places: Tensor, size: int, draws: int, seed: int
 ) -> BlockDraws:
-    """The masks of some rows; functions of (seed, place, block, draw).
+    """The masks of some rows; functions of (seed, place, block, draw), whatever rows are with them.
 
     rows: tokens, eligible and what is no filling, [R, L] each. places: [R]. size: S.
     """
@@ -64,7 +83,7 @@ def draw_blocks(
     row, block = eligible.unflatten(1, (-1, size)).any(2).nonzero(as_tuple=True)
     own = eligible.unflatten(1, (-1, size))[row, block]
     n = own.sum(1)
-    draws = min(draws, 2 ** int(n.max()) - 1)
+    draws = most_draws(draws, size)
     offsets = [
         float(torch.rand(1, generator=keyed_generator(seed, "nelbo count", draws, place, b)))
         for place, b in zip(places[row].tolist(), block.tolist(), strict=True)
@@ -78,6 +97,9 @@ def draw_blocks(
     among = own[:, None].expand(-1, draws, -1)
     order = random_order(u.flatten(0, 1), among.flatten(0, 1)).view_as(u)
     chosen = (order < counts[:, :, None]) & among
+    for i, k in enumerate(n.tolist()):
+        if most_draws(draws, k) == 2**k - 1:
+            chosen[i], counts[i] = every_mask(own[i], draws)
     mask = torch.zeros(draws, len(tokens), length // size, size, dtype=torch.bool)
     mask[:, row, block] = chosen.transpose(0, 1)
     return BlockDraws(tokens, real, mask.flatten(2), row, block, own, counts)
@@ -93,10 +115,12 @@ def block_bounds(
     ce, mask = drawn.cut(cross_entropies(drawn)), drawn.cut(drawn.mask)
     found = torch.zeros(2, len(drawn.tokens), dtype=torch.float64)
     for i, row in enumerate(drawn.row.tolist()):
-        own = drawn.eligible[i]
-        if int(own.sum()) == 1:  # there is one mask, and nothing random
-            found[0, row] += ce[0, i, own].sum()
+        own, count = drawn.eligible[i], drawn.counts[i]
+        n = int(own.sum())
+        if (every := 2**n - 1) <= len(ce):
+            # Of the sets of l tokens each is one of (n over l).
+            weights = [1 / (k * math.comb(n, k)) for k in count[:every].tolist()]
+            found[0, row] += torch.tensor(weights, dtype=torch.float64) @ ce[:every, i].sum(1)
             continue
-        values = controlled(ce[:, i, own], mask[:, i, own], drawn.counts[i])
-        found[:, row] += torch.stack(values)
+        found[:, row] += torch.stack(controlled(ce[:, i, own], mask[:, i, own], count))
     return found[0], found[1]

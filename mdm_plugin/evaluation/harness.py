@@ -23,7 +23,7 @@ from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation.inference import load_model, read_decoding
 from mdm_plugin.evaluation.nelbo import BoundEstimator
 from mdm_plugin.evaluation.sharing import Request, complete, in_shares, share
-from mdm_plugin.generation import Decoding, is_greedy
+from mdm_plugin.generation import Decoding, check_lengths, is_greedy
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 
 
@@ -100,7 +100,7 @@ class Harness(LM):
         world = World(0, 1, torch.device(cfg.device), None)
         tokenizer = instantiate(cfg, "tokenizer")
         decoding = read_decoding(cfg)
-        model, _ = load_model(cfg, world, tokenizer)
+        model, _ = load_model(cfg, world, tokenizer, decoding)
         return cls(
             model,
             tokenizer,
@@ -190,10 +190,11 @@ class Harness(LM):
     def _request(self, context: str, settings: dict[str, Any]) -> Request:
         """What is to be written after a context; its last tokens, where it leaves no room."""
         length = min(int(settings.get("max_gen_toks", self.max_new_tokens)), self.limit - 1)
-        block = self.decoding.block_length or 1
-        length = max(block, length // block * block)
+        if not self.model.block_length:
+            block = self.decoding.block_length or 1
+            length = max(block, length // block * block)
         try:
-            self.decoding.steps_per_block(length)
+            check_lengths(self.model, self.decoding, length)
         except ValueError as error:
             raise UserError(f"decoding: a task asks for {length} tokens: {error}") from error
         ids = self._encode(context)[-(self.limit - length) :]

@@ -15,32 +15,49 @@ from mdm_plugin.distributed.build import Build, build_model
 from mdm_plugin.distributed.parameters import adapter_names
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.generation import Decoding
+from mdm_plugin.generation import Decoding, check_lengths
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
-from mdm_plugin.training.checks import check_checkpoint, check_data
+from mdm_plugin.training.checks import check_block_length, check_checkpoint, check_data
 
 
 def read_decoding(cfg: DictConfig) -> Decoding:
-    """``cfg.decoding`` with ``cfg.sampler``, for ``cfg.max_new_tokens``.
+    """``cfg.decoding`` with ``cfg.sampler``; ``check_writing`` looks at them beside a model.
 
     Raises:
-        UserError: if they, or ``cfg.batch_size``, do not make sense.
+        UserError: if they, ``cfg.max_new_tokens`` or ``cfg.batch_size`` do not make sense.
     """
     for key in ("batch_size", "max_new_tokens"):
         if cfg[key] < 1:
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
-    decoding = instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler"))
+    decoding: Decoding = instantiate(cfg, "decoding", sampler=instantiate(cfg, "sampler"))
+    return decoding
+
+
+def check_writing(
+    model: MDMTransformer, decoding: Decoding, n: int, prompts: Iterable[Prompt] = ()
+) -> None:
+    """Check that a model can write n tokens by a decoding, after each of some prompts.
+
+    Raises:
+        UserError: if their blocks and steps do not fit each other, or a prompt is too long.
+    """
     try:
-        decoding.steps_per_block(cfg.max_new_tokens)
+        check_lengths(model, decoding, n)
     except ValueError as error:
         raise UserError(f"decoding: {error}") from error
-    return decoding
+    for prompt in prompts:
+        if len(prompt.ids) + n > model.max_seq_len:
+            raise UserError(
+                f"{prompt.place}: {len(prompt.ids)} tokens and max_new_tokens {n} are more than "
+                f"the model takes, {model.max_seq_len}"
+            )
 
 
 def load_model(
     cfg: DictConfig,
     world: World,
     tokenizer: ChatTokenizer,
+    decoding: Decoding,
     prompts: Iterable[Prompt] = (),
     rows: Rows | None = None,
     purpose: str = "use",
@@ -50,11 +67,11 @@ def load_model(
     Args:
         cfg: for model, checkpointer, dtype, compile, max_new_tokens and data_parallel_shard_dim:
             the model is whole on every rank (1), or sharded over the mesh of ``world``.
-        prompts, rows: what it must be able to take.
+        decoding, prompts, rows: what it must be able to take.
         purpose: of the weights, for the message that none are given.
 
     Raises:
-        UserError: if no weights are given, they do not fit, or a prompt is too long.
+        UserError: if no weights are given, they do not fit, and as ``check_writing``.
     """
     checkpointer: Any = instantiate(cfg, "checkpointer")
     if checkpointer.weights is None:
@@ -71,13 +88,9 @@ def load_model(
             "with theirs, or the model's builder without lora_, for weights that have them merged"
         )
     check_checkpoint(checkpointer.weights, model, tokenizer)
+    check_block_length(checkpointer.weights, model)
     check_data(model, tokenizer, rows)
-    for prompt in prompts:
-        if len(prompt.ids) + cfg.max_new_tokens > model.max_seq_len:
-            raise UserError(
-                f"{prompt.place}: {len(prompt.ids)} tokens and max_new_tokens "
-                f"{cfg.max_new_tokens} are more than the model takes, {model.max_seq_len}"
-            )
+    check_writing(model, decoding, cfg.max_new_tokens, prompts)
     checkpointer.load_weights(model)
     return model, checkpointer.source_files()
 

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from mdm_plugin.data.rows import Rows
 from mdm_plugin.distributed.world import World
-from mdm_plugin.evaluation.block_bounds import BlockDraws, block_bounds, draw_blocks
+from mdm_plugin.evaluation.block_bounds import (
+    BlockDraws,
+    block_bounds,
+    draw_blocks,
+    most_draws,
+)
 from mdm_plugin.evaluation.counts import controlled, even_counts
 from mdm_plugin.generation import SpecialTokens
 from mdm_plugin.loss import MDMLoss, Targets
@@ -134,7 +139,8 @@ class BoundEstimator:
         ranks, rank = self.world.size, self.world.rank
         blocks = model.block_length if isinstance(model, MDMTransformer) else None
         found = torch.zeros(2, len(indices), dtype=torch.float64)
-        size = max(1, min(self.batch_size // self._masks(rows, indices), -(-len(indices) // ranks)))
+        most = self._masks(rows, indices, blocks)
+        size = max(1, min(self.batch_size // most, -(-len(indices) // ranks)))
         for step in range(-(-len(indices) // (size * ranks))):
             start = (step * ranks + rank) * size
             own = torch.arange(len(indices))[start : start + size]
@@ -159,8 +165,10 @@ class BoundEstimator:
         nats, variance = self.world.sum(found).cpu()
         return Bound(nats, variance)
 
-    def _masks(self, rows: Rows, indices: Tensor) -> int:
-        """How many masks of a row may differ: few of a response of a few tokens."""
+    def _masks(self, rows: Rows, indices: Tensor, blocks: int | None) -> int:
+        """How many masks of a row may differ: few of a response of a few tokens, or of blocks."""
+        if blocks:
+            return most_draws(self.draws, blocks)
         # Under FSDP2, ranks that share rows run as many forwards as each other: one for each draw.
         if self.world.size > 1 or not len(indices):
             return self.draws
@@ -217,6 +225,10 @@ class BoundEstimator:
 
     def _forward_blocks(self, model: nn.Module, drawn: BlockDraws) -> Tensor:
         """CE of each masked token, else 0, of rows in blocks. [K, R, L], fp64."""
+        parts = drawn.mask.split(self.batch_size)
+        if len(parts) > 1:  # no more sequences in a forward than it is to have
+            each = [self._forward_blocks(model, drawn._replace(mask=part)) for part in parts]
+            return torch.cat(each)
         loss, device, mask = MDMLoss("response", self.chunk_size), self.world.device, drawn.mask
         attend = drawn.attention()
         view, row, column = mask.nonzero(as_tuple=True)

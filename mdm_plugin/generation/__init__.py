@@ -16,7 +16,7 @@ from mdm_plugin.generation.samplers import (
     Stable,
     Threshold,
 )
-from mdm_plugin.generation.writing import Generated, Step, generate, infill
+from mdm_plugin.generation.writing import Generated, Step, check_lengths, generate, infill
 
 __all__ = [
     "ORDERS",
@@ -33,6 +33,7 @@ __all__ = [
     "Threshold",
     "TokenIds",
     "cache_gap",
+    "check_lengths",
     "generate",
     "infill",
     "is_greedy",

@@ -32,6 +32,7 @@ class PrefixCache(nn.Module):
         self.v: Tensor | None = None
         self.keep: int | None = None
 
+    @torch.compiler.disable  # a graph would be made for each number of columns that is kept
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values, of finished blocks and of this forward."""
         if self.k is not None and self.v is not None:

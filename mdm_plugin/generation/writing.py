@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdm_plugin.generation.blocks import BlockRows, write_blocks
+from mdm_plugin.generation.blocks import BlockRows, check_decoding, write_blocks
 from mdm_plugin.generation.caches import LayerCaches
 from mdm_plugin.generation.decoding import Decoding
 from mdm_plugin.generation.masked import MaskedRows, SpecialTokens
@@ -102,6 +102,18 @@ def infill(
     batch = MaskedRows.of(model, [row.cpu() for row in rows], special)
     _write(batch, decoding, _seeds(seeds, len(rows)), None)
     return [batch.tokens[i, : len(row)].to(row.device) for i, row in enumerate(rows)]
+
+
+def check_lengths(model: MDMTransformer, decoding: Decoding, n: int) -> None:
+    """Check that a model can write n tokens by a decoding.
+
+    Raises:
+        ValueError: if its blocks and steps do not fit n, or the model's own blocks.
+    """
+    if model.block_length:
+        check_decoding(decoding, model.block_length, n)
+    else:
+        decoding.steps_per_block(n)
 
 
 def _write(

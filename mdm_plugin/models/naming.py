@@ -88,3 +88,5 @@ FAMILIES = {
     "sdar": _LIKE_LLAMA,
     "Fast_dLLM_Qwen": _LIKE_LLAMA,
 }
+# What their config.json calls the tokens of a block: SDAR's, Fast-dLLM's.
+BLOCK_LENGTH = ("block_size", "bd_size")

@@ -231,10 +231,15 @@ def bidirectional(
     shifted too. ``shift`` and ``block_length`` as in ``MDMTransformer``.
 
     Raises:
-        ValueError: if ``block_length`` is below 1, or given with ``causal``.
+        ValueError: if ``block_length`` is below 1, given with ``causal``, or does not divide the
+            longest row.
     """
     if block_length is not None and (block_length < 1 or causal):
         raise ValueError(f"block_length is {block_length}: use 1 or more, and not with causal")
+    if block_length is not None and decoder.max_seq_len % block_length:
+        raise ValueError(
+            f"max_seq_len is {decoder.max_seq_len}: use a multiple of block_length, {block_length}"
+        )
     last = decoder.layers[-1]
     decoder.layers[-1] = LastLayer(
         last.attn,

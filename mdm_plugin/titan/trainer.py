@@ -14,6 +14,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 from torchtitan.trainer import Trainer
 
+from mdm_plugin.checkpoint.files import read_json
 from mdm_plugin.checkpoint.parts import as_json, check_parts, check_states, kind
 from mdm_plugin.contract import ProbePlan
 from mdm_plugin.density import uniform_density
@@ -21,6 +22,7 @@ from mdm_plugin.distributed.world import World, end_groups_at_exit
 from mdm_plugin.errors import UserError
 from mdm_plugin.evaluation import BoundEstimator
 from mdm_plugin.models import ChatTokenizer
+from mdm_plugin.models.naming import BLOCK_LENGTH
 from mdm_plugin.titan.data import MaskedLoader, at_length, open_rows, read_sampler
 from mdm_plugin.titan.loss import MaskedLoss
 from mdm_plugin.training.hidden import row_norms, token_norms
@@ -193,6 +195,8 @@ class MDMTrainer(Trainer):
 
 def refusal(config: Any) -> str | None:
     """Why a config cannot be trained, in a line; None where it can."""
+    if reason := in_blocks(Path(config.hf_assets_path) / "config.json"):
+        return reason
     parallel = config.parallelism
     pipelined = parallel.pipeline_parallel_degree > 1
     if parallel.context_parallel_degree > 1:
@@ -217,5 +221,18 @@ def refusal(config: Any) -> str | None:
             return (
                 "dataloader.timesteps: no rank of a pipeline has the whole model to probe, nor the "
                 "losses to learn from: use a sampler that needs neither"
+            )
+    return None
+
+
+def in_blocks(file: Path) -> str | None:
+    """Why a checkpoint whose config.json this is cannot be trained here; None where it can."""
+    stated = read_json(file) if file.is_file() else {}
+    for key in BLOCK_LENGTH:
+        if key in stated:
+            return (
+                f"hf_assets_path: {file} says {key} {stated[key]}: the model writes block by "
+                "block, and torchtitan's rows have no clean copies beside them: use "
+                "mdm_full_finetune"
             )
     return None

@@ -1,6 +1,7 @@
 """Blocks during training: which length they have, and what goes with a model that has them."""
 
 import math
+import operator
 from typing import NamedTuple
 
 from omegaconf import DictConfig, ListConfig
@@ -28,11 +29,32 @@ class BlockSchedule(NamedTuple):
         length = [size for start, size in self.starts if start <= progress][-1]
         return Blocks(length, self.one_t)
 
+    @property
+    def multiple(self) -> int:
+        """Tokens that are whole blocks at any time."""
+        return math.lcm(*(length for _, length in self.starts))
+
+    def shortest(self) -> Blocks | None:
+        """The blocks of which a row has the most: those that need the most memory."""
+        lengths = [length for _, length in self.starts]
+        return Blocks(min(lengths), self.one_t) if lengths else None
+
 
 def read_blocks(
     cfg: DictConfig, model: MDMTransformer, estimator: Estimator, batches: GlobalBatches
 ) -> BlockSchedule:
-    """How long blocks are during training; rows that are filled with EOS will end with a whole one.
+    """``block_schedule``; rows that are filled with EOS will end with a whole block.
+
+    Raises:
+        UserError: as ``block_schedule``.
+    """
+    schedule, padding = block_schedule(cfg, model, estimator), batches.padding
+    batches.padding = padding._replace(multiple=math.lcm(padding.multiple, schedule.multiple))
+    return schedule
+
+
+def block_schedule(cfg: DictConfig, model: MDMTransformer, estimator: Estimator) -> BlockSchedule:
+    """How long blocks are during training.
 
     ``cfg.block_schedule``: [[0.0, 4], [0.5, 32]] for blocks of 4 tokens up to half of training and
     of 32 from then on; the last one is the model's. None: the model's all the time.
@@ -46,34 +68,32 @@ def read_blocks(
             if cfg[key] != unset:
                 raise UserError(f"{key}: the model has no blocks: set model.block_length")
         return BlockSchedule()
-    if model.max_seq_len % size:
-        raise UserError(
-            f"model.max_seq_len: {model.max_seq_len} is no multiple of block_length, {size}"
-        )
     if cfg.batch_layout == "packed" and cfg.pad_to_multiple_of > 1:
         raise UserError(
             "pad_to_multiple_of: rows in blocks are packed as they are: leave it out, or set "
             "batch_layout=padded"
         )
-    if estimator.masking.causal:
-        raise UserError(
-            f"masking: {type(estimator.masking).__name__} with model.block_length: blocks of one "
-            "token are what it stands for: use FixedCount with model.block_length=1"
-        )
-    if estimator.timesteps.learns and estimator.timesteps.learns_from == "gradient":
-        raise UserError(
-            f"timesteps: {type(estimator.timesteps).__name__} learns from rows' gradients, which "
-            "blocks do not have apart: set timesteps.target=loss"
-        )
-    starts = _starts(cfg.block_schedule, size)
-    multiple = math.lcm(*(length for _, length in starts))
-    if model.max_seq_len % multiple:
+    check_sampler(estimator)
+    schedule = BlockSchedule(_starts(cfg.block_schedule, size), bool(cfg.blocks_share_t))
+    if model.max_seq_len % schedule.multiple:
         raise UserError(
             f"block_schedule: model.max_seq_len, {model.max_seq_len}, is no multiple of all lengths"
         )
-    padding = batches.padding
-    batches.padding = padding._replace(multiple=math.lcm(padding.multiple, multiple))
-    return BlockSchedule(starts, bool(cfg.blocks_share_t))
+    return schedule
+
+
+def check_sampler(estimator: Estimator, where: str = "") -> None:
+    """Check that a sampler of t learns nothing that blocks do not show; ``where`` precedes its key.
+
+    Raises:
+        UserError: if it does.
+    """
+    sampler = estimator.timesteps
+    if sampler.learns and sampler.learns_from == "gradient":
+        raise UserError(
+            f"{where}timesteps: {type(sampler).__name__} learns from rows' gradients, which blocks "
+            "do not have apart: set its target to loss"
+        )
 
 
 def _starts(given: ListConfig | None, size: int) -> tuple[tuple[float, int], ...]:
@@ -81,7 +101,7 @@ def _starts(given: ListConfig | None, size: int) -> tuple[tuple[float, int], ...
         return ((0.0, size),)
     line = f"block_schedule: {given}: use [share of training, length] each, from 0.0 on, ascending"
     try:
-        starts = tuple((float(start), int(length)) for start, length in given)
+        starts = tuple((float(start), operator.index(length)) for start, length in given)
     except (TypeError, ValueError) as error:
         raise UserError(line) from error
     shares = [start for start, _ in starts]

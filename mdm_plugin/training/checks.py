@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
+from torchtune.modules import TiedLinear
 
 from mdm_plugin.checkpoint.weights import Weights
 from mdm_plugin.data.rows import Rows
@@ -13,6 +14,7 @@ from mdm_plugin.distributed.parameters import adapter_names
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
+from mdm_plugin.models.naming import BLOCK_LENGTH
 from mdm_plugin.models.transformer import HalvesRotary
 from mdm_plugin.training.precision import FLOAT8_CAPABILITY, check_precision
 
@@ -162,6 +164,7 @@ _SETTINGS: dict[str, tuple[Callable[[MDMTransformer], Any], tuple[str, ...]]] = 
         lambda m: m.layers[0].attn.num_kv_heads,
         ("num_key_value_heads", "n_kv_heads"),
     ),
+    "tie_word_embeddings": (lambda m: isinstance(m.output, TiedLinear), ("tie_word_embeddings",)),
     "norm_eps": (lambda m: m.norm.eps, ("rms_norm_eps",)),
     "rope_base": (_rope_base, ("rope_theta", "rope_parameters.rope_theta")),
 }
@@ -193,6 +196,20 @@ def check_checkpoint(
             f"tokenizer.mask_token: its id is {tokenizer.mask_id}, and {file} says mask_token_id "
             f"{stated_mask}"
         )
+
+
+def check_block_length(weights: Weights, model: MDMTransformer) -> None:
+    """Check that a model writes in blocks as long as those that its weights learnt.
+
+    Raises:
+        UserError: if config.json says another length.
+    """
+    for key in BLOCK_LENGTH:
+        if weights.config.get(key, model.block_length) != model.block_length:
+            raise UserError(
+                f"model.block_length: {model.block_length}, and "
+                f"{weights.directory / 'config.json'} says {key} {weights.config[key]}"
+            )
 
 
 def check_examples(together: int, *data: Rows | None) -> None:

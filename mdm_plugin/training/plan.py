@@ -12,7 +12,7 @@ from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from mdm_plugin.config.components import instantiate
-from mdm_plugin.contract import Blocks, Estimator
+from mdm_plugin.contract import Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Split
 from mdm_plugin.data.batches import Batch
 from mdm_plugin.data.prompts import read_prompts
@@ -20,6 +20,7 @@ from mdm_plugin.distributed.parameters import adapter_names, named_parameters
 from mdm_plugin.errors import UserError
 from mdm_plugin.models import ChatTokenizer, MDMTransformer
 from mdm_plugin.training.batches import read_datasets
+from mdm_plugin.training.blocks import block_schedule
 from mdm_plugin.training.checks import check_adapters
 from mdm_plugin.training.estimators import (
     check_estimator,
@@ -69,12 +70,12 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
         accumulation = max(1, cfg.global_batch_size // (cfg.batch_size * ranks))
     mode = FakeTensorMode()
     model = _fake_model(cfg, adapters, mode)
-    estimator = _estimator(cfg, model)
+    estimator, whole = _estimator(cfg, model)
     check_precision(cfg)
     count = cfg.batch_size * (cfg.group_size if "prompts" in cfg else together)
     size = count * ranks * accumulation
     length, lines = _data(cfg, model, size, estimator)
-    multiple = math.lcm(cfg.pad_to_multiple_of, model.block_length or 1)
+    multiple = math.lcm(cfg.pad_to_multiple_of, whole)
     length = -(-length // multiple) * multiple
     shards = ranks // cfg.data_parallel_replicate_dim
     masters = training.get_dtype(cfg.master_dtype, device=torch.device("cpu"))
@@ -107,14 +108,12 @@ def plan(cfg: DictConfig, adapters: bool | None, together: int = 1) -> str:
     return "\n".join(out) + _fit(cfg, need, given, written)
 
 
-def _estimator(cfg: DictConfig, model: MDMTransformer) -> Estimator:
-    """The config's, for the model, at the start of training."""
-    size = model.block_length
-    estimator = read_estimator(cfg, mask_id=0)._replace(
-        w=read_objective(cfg)(0.0), blocks=Blocks(size, cfg.blocks_share_t) if size else None
-    )
+def _estimator(cfg: DictConfig, model: MDMTransformer) -> tuple[Estimator, int]:
+    """The config's, for the model, at the start of training; and tokens that are whole blocks."""
+    estimator = read_estimator(cfg, mask_id=0)._replace(w=read_objective(cfg)(0.0))
     check_estimator(estimator, is_causal(model))
-    return estimator
+    blocks = block_schedule(cfg, model, estimator)
+    return estimator._replace(blocks=blocks.shortest()), blocks.multiple
 
 
 def _rows(count: int, length: int) -> Batch:

@@ -27,7 +27,7 @@ def a_model(block_length=None, shift=False, causal=False):
     model = llada(
         vocab_size=60,
         num_layers=2,
-        max_seq_len=64,
+        max_seq_len=72,
         causal=causal,
         block_length=block_length,
         **shape,

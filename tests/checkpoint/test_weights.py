@@ -13,9 +13,26 @@ from mdm_plugin.distributed.build import build_model
 from mdm_plugin.distributed.parameters import adapter_names, initialize_parameters, named_parameters
 from mdm_plugin.distributed.world import World
 from mdm_plugin.errors import UserError
-from mdm_plugin.models import dream, from_autoregressive, llada, lora_dream, lora_llada
+from mdm_plugin.models import (
+    dream,
+    from_autoregressive,
+    llada,
+    lora_dream,
+    lora_llada,
+    lora_qwen3,
+    qwen3,
+)
 from mdm_plugin.training import Checkpointer
-from tests.checkpoints import OURS, as_llada, full_attention, oracle, tensors, write
+from tests.checkpoints import (
+    HEAD_DIM,
+    OURS,
+    STATED,
+    as_llada,
+    full_attention,
+    oracle,
+    tensors,
+    write,
+)
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 LORA = {"lora_rank": 4, "lora_alpha": 8, "apply_lora_to_mlp": True}
@@ -31,7 +48,12 @@ def run(writes):
 def ours(family, dtype=torch.float32, lora=None, **changes):
     """Our model of the family's small shape, its parameters not yet filled."""
     shape = {**OURS, "num_kv_heads": 4 if family == "llada" else 2, **changes}
-    build = {"llada": (llada, lora_llada), "Dream": (dream, lora_dream)}[family]
+    build = {"llada": (llada, lora_llada), "sdar": (qwen3, lora_qwen3)}
+    build = build.get(family, (dream, lora_dream))
+    if family in ("sdar", "Fast_dLLM_Qwen"):
+        shape.setdefault("block_length", STATED[family].get("block_size", 8))
+    if family == "sdar":
+        shape["head_dim"] = HEAD_DIM
     return build_model(
         lambda: build[0](**shape) if lora is None else build[1](ALL, **shape, **LORA, **lora),
         ALONE,
@@ -39,7 +61,7 @@ def ours(family, dtype=torch.float32, lora=None, **changes):
     ).eval()
 
 
-@pytest.fixture(params=["llada", "Dream"])
+@pytest.fixture(params=["llada", "Dream", "sdar", "Fast_dLLM_Qwen"])
 def family(request):
     return request.param
 
@@ -91,10 +113,38 @@ def test_a_round_trip_keeps_each_tensor_file_and_the_index(family, tmp_path, dty
     assert old["weight_map"] == new["weight_map"]
     assert new["metadata"]["total_size"] == sum(x.nbytes for x in after.values())
     assert (out / "tokenizer.json").is_file()
-    assert json.loads((out / "config.json").read_text())["model_type"] == family
+    old, new = (json.loads((x / "config.json").read_text()) for x in (directory, out))
+    assert old == new and new["model_type"] == family
     again = ours(family, dtype)
     Weights(out).load(again)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_embeddings_that_are_the_head_too_are_stored_once(tmp_path):
+    truth = oracle("sdar", kv_heads=2, tie_word_embeddings=True)
+    directory, out = tmp_path / "hf", tmp_path / "out"
+    write(truth, directory, "sdar")
+    model, source = ours("sdar", tie_word_embeddings=True), Weights(directory)
+    source.load(model)
+    assert (logits(model) - full_attention(truth, TOKENS)).abs().max() <= 1e-4
+    run(save_weights(model, ALONE, out, source))
+    before, after = tensors(directory), tensors(out)
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    with pytest.raises(UserError, match=r"the checkpoint lacks lm_head\.weight"):
+        source.load(ours("sdar"))
+
+
+def test_what_is_saved_says_how_long_its_blocks_are(tmp_path):
+    """A schedule may end at other blocks than those of the checkpoint that it began with."""
+    for family, key in (("sdar", "block_size"), ("Fast_dLLM_Qwen", "bd_size")):
+        directory, out = tmp_path / family, tmp_path / f"{family} out"
+        write(oracle(family, kv_heads=2), directory, family)
+        model, source = ours(family, block_length=16), Weights(directory)
+        source.load(model)
+        run(save_weights(model, ALONE, out, source))
+        old, new = (json.loads((x / "config.json").read_text()) for x in (directory, out))
+        assert new == {**old, key: 16}
 
 
 def test_transformers_opens_a_dream_shaped_export(tmp_path):

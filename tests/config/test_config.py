@@ -58,10 +58,21 @@ def test_each_large_config_is_for_its_recipe():
     }
     large = [name for name in config_names() if "/" in name]
     both = {f"{x}_{y}" for x in ("llada/8B", "dream/7B") for y in recipes}
-    blocks = {"sdar/4B_full", "sdar/4B_lora", "fast_dllm/7B_lora"}
-    assert set(large) == {*both, *blocks, "llada/8B_dpo"}
+    in_blocks = {"sdar/4B_full", "sdar/4B_lora", "fast_dllm/7B_lora"}
+    assert set(large) == {*both, "llada/8B_dpo", *in_blocks}
     recipes["dpo"] = "mdm_dpo"
     assert all(recipe_of(name) == recipes[name.partition("B_")[2]] for name in large)
+
+
+def test_what_is_measured_of_blocks_is_kept_by_their_quickstart(data_dir):
+    given = [f"data_dir={data_dir}", f"output_dir={data_dir}/block"]
+    trained = load_config("quickstart_block", given, Options)
+    rows = (data_dir / "train.jsonl").read_text().count("\n")
+    epochs = [*range(0, trained.epochs, trained.save_every_n_epochs)[1:], trained.epochs]
+    kept = [x * (rows // trained.batch_size) for x in epochs][-trained.keep_last_n :]
+    cfg = load_config("quickstart_block_variance", given[:1], VarianceOptions)
+    assert cfg.checkpointer.checkpoint_dir in [f"{trained.output_dir}/step_{x}" for x in kept]
+    assert cfg.model == trained.model
 
 
 def test_a_key_within_a_part_is_checked_too():

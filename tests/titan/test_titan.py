@@ -27,11 +27,12 @@ PROBE = {"grid": 6, "rows": 4, "masks": 2}
 
 @pytest.fixture(scope="session")
 def home(data_dir, tmp_path_factory):
-    """MDM_PLUGIN_HOME with the quickstart's data, and checkpoints of both families."""
+    """MDM_PLUGIN_HOME with the quickstart's data, and checkpoints of both families; and one in the
+    second's layout of a model that writes block by block."""
     place = tmp_path_factory.mktemp("home")
     (place / "quickstart").symlink_to(data_dir)
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 256}
-    for family, kv_heads in (("llada", 4), ("Dream", 2)):
+    for family, kv_heads in (("llada", 4), ("Dream", 2), ("Fast_dLLM_Qwen", 2)):
         model = oracle(family, kv_heads, num_hidden_layers=3, num_attention_heads=4, **sizes)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -317,6 +318,7 @@ def test_pareto_density_is_restored_with_a_checkpoint(titan, tmp_path):
 
 REFUSED = {
     "torchao newer than 0.15": {"config": "llada_8b_mxfp8"},
+    "config.json says bd_size 8: the model writes block by block": {"family": "Fast_dLLM_Qwen"},
     "context_parallel_degree": ["--parallelism.context_parallel_degree", "2"],
     "expert_parallel_degree": ["--parallelism.expert_parallel_degree", "2"],
     "spmd_backend": ["--parallelism.spmd_backend", "full_dtensor"],

@@ -81,6 +81,13 @@ MEASURED = {
         *("model.embed_dim=256", "model.num_heads=4", "model.intermediate_dim=1024"),
         *("model.num_layers=12", "batch_size=32", "loss.chunk_size=64"),
     ],
+    "blocks": [
+        *("model.embed_dim=256", "model.num_heads=4", "model.intermediate_dim=1024"),
+        *("model.num_layers=12", "batch_size=40", "loss.chunk_size=64", "model.block_length=4"),
+        # Text without prompts: views need not have those.
+        *("masking=mdm_plugin.masking.Complement", "dataset=mdm_plugin.data.text_dataset"),
+        "dataset.source=${data_dir}/pretrain.jsonl",
+    ],
     "logits": ["model.vocab_size=60000", "model.embed_dim=64", "loss.chunk_size=1024"],
     "optimizer": [
         *("model.embed_dim=1024", "model.num_heads=8", "model.intermediate_dim=4096"),
