@@ -91,6 +91,20 @@ def prepare_apprentice(directory: str) -> None:
     _train_once(directory, "quickstart", "apprentice", "objective=null")
 
 
+def prepare_block_apprentice(directory: str) -> None:
+    """``prepare_autoregressive``, and a model of blocks that there is something left to teach.
+
+    Args:
+        directory: gets block_apprentice/model.safetensors besides, by six epochs of the packaged
+            config quickstart_block.
+
+    Raises:
+        UserError: if a training fails.
+    """
+    prepare_autoregressive(directory)
+    _train_once(directory, "quickstart_block", "block_apprentice", "epochs=6")
+
+
 def prepare_preferences(directory: str, prompts: int = 3000, samples: int = 4) -> None:
     """``prepare_apprentice``, and preferences: its own answers, right ones over wrong ones.
 

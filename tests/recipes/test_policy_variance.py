@@ -126,8 +126,8 @@ WRONG = {
     ),
     "draws that are no number": (["estimators.GDPO.draws=x"], "estimators.GDPO.draws: x: use a"),
     "noise of preferences": (
-        ["estimators.GDPO.noise=own"],
-        "estimators.GDPO: give it timesteps and masking",
+        ["estimators.GDPO.noise=apart"],
+        "estimators.GDPO.noise: apart: use own or answers",
     ),
     "a sampler that learns": (
         ["estimators.GDPO.timesteps._component_=mdm_plugin.timesteps.ParetoOptimal"],
