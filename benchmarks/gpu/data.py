@@ -12,7 +12,7 @@ TEMPLATE = (
     "{% for x in messages %}<|{{ x.role }}|> {{ x.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
-FRAME = 5  # tokens of a chat of two turns that are none of their words
+FRAME = 4  # tokens of a chat of two turns that are none of their words
 
 
 def write_tokenizer(directory: Path, words: int) -> None:

@@ -139,8 +139,10 @@ def flops(model: Any, batches: list[Corrupted]) -> float:
     masked = sum(len(x.targets.labels) for x in batches)
     attention, layers = model.layers[0].attn, len(model.layers)
     width = attention.num_heads * attention.head_dim
-    products = float(lengths.sum()) * each(model.layers) + masked * each(model.output)
-    return products + 12 * layers * width * float(lengths.square().sum())
+    last = each(model.layers[-1].mlp)  # which runs on masked positions, as the head does
+    everywhere = float(lengths.sum()) * (each(model.layers) - last)
+    attended = 12 * layers * width * float(lengths.square().sum())
+    return everywhere + masked * (last + each(model.output)) + attended
 
 
 class LossTime:
