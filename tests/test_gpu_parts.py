@@ -76,10 +76,12 @@ def test_what_is_there_is_not_measured_again_and_a_failed_case_is_tried_again(tm
     found = json.loads((tmp_path / "part.json").read_text())["cases"]
     assert found == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 3}}
     assert not list(tmp_path.glob("*.new"))
+    with pytest.raises(command_line.Failed, match=r"part.json was measured with tiny True: use an"):
+        command_line.measure("part", cases, given._replace(tiny=False), until=float("inf"))
 
 
 def test_the_report_says_what_is_left_and_wants_its_marks(tmp_path):
-    part = {"part": "speed", "device": "X", "torch": "2", "date": "2026-01-01"}
+    part = {"part": "speed", "device": "X", "torch": "2", "date": "2026-01-01", "tiny": False}
     part |= {"names": ["a", "b"], "cases": {"a": {"device": "X", "s": 1.23456}}}
     (tmp_path / "speed.json").write_text(json.dumps(part))
     page = tmp_path / "page.md"

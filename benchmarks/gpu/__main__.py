@@ -43,23 +43,40 @@ def run(words: list[str]) -> str:
     """What ``python`` with these words prints.
 
     Raises:
-        Failed: if it ends with an error; pytest's own codes up to 5 are none.
+        Failed: if it takes 9 minutes, or ends with an error, unless that is of pytest's tests.
     """
-    done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    command, options = [sys.executable, *words], {"capture_output": True, "text": True}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=540, **options)
+    except subprocess.TimeoutExpired as error:
+        raise Failed("it takes more than 9 minutes") from error
     if done.returncode and "pytest" not in words:
         raise Failed("\n".join((done.stdout + done.stderr).strip().splitlines()[-15:]))
     return done.stdout
 
 
-def facts() -> dict[str, str]:
-    """The device, torch's release and the day."""
+def facts(given: Given) -> dict[str, Any]:
+    """What all cases of a part have in common."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    day = datetime.now(UTC).date().isoformat()
-    return {"device": device, "torch": torch.__version__, "date": day}
+    device = "CPU" if given.device == "cpu" else torch.cuda.get_device_name(given.device)
+    return {"device": device, "torch": torch.__version__, "tiny": given.tiny}
+
+
+def begun(file: Path, name: str, cases: list[Case], given: Given) -> dict[str, Any]:
+    """A part as far as it has come.
+
+    Raises:
+        Failed: if what is there was measured on another device, or with another torch.
+    """
+    here = facts(given)
+    part = {"part": name, **here, "names": [x.name for x in cases], "cases": {}}
+    if file.is_file():
+        there = json.loads(file.read_text())
+        if other := [f"{key} {there[key]}" for key, value in here.items() if there[key] != value]:
+            raise Failed(f"{file} was measured with {', '.join(other)}: use another --output")
+        part["cases"] = there["cases"]
+    return part | {"date": datetime.now(UTC).date().isoformat()}
 
 
 def write(file: Path, part: dict[str, Any]) -> None:
@@ -72,15 +89,13 @@ def write(file: Path, part: dict[str, Any]) -> None:
 def measure(name: str, cases: list[Case], given: Given, until: float) -> int:
     """What of a part is missing; 0, 1 if a case failed, or 75 if the time was up."""
     file, failed = given.output / f"{name}.json", 0
-    part = {"part": name, **facts(), "names": [x.name for x in cases], "cases": {}}
-    if file.is_file():
-        part["cases"] = json.loads(file.read_text())["cases"]
+    part = begun(file, name, cases, given)
     for case in cases:
         if case.name in part["cases"]:
             continue
         if time.monotonic() > until:
             return AGAIN
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             found = case.measure(given)
         except Failed as error:
@@ -89,7 +104,7 @@ def measure(name: str, cases: list[Case], given: Given, until: float) -> int:
             continue
         part["cases"][case.name] = found
         write(file, part)
-        print(f"{name}: {case.name}: {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"{name}: {case.name}: {time.monotonic() - start:.0f} s", flush=True)
     if part["cases"]:
         print("\n".join(section(part)), flush=True)
     return failed
@@ -124,7 +139,10 @@ def main() -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --tiny rehearses it")
     place = Given(given.output.resolve(), given.device, given.tiny, run)
-    sys.exit(measure_all(given.parts or parts(given.tiny), place, given.minutes))
+    try:
+        sys.exit(measure_all(given.parts or parts(given.tiny), place, given.minutes))
+    except Failed as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

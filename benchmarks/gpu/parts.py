@@ -52,7 +52,7 @@ SIZE = {"even": 16, "mixed": 64, "short": 64}  # rows of each kind
 def data(given: Given, kind: str) -> Path:
     """The directory of a tokenizer and of rows: ``even`` are all as long as the model takes,
     ``mixed`` are log-normal, ``short`` of 256 tokens."""
-    place = given.output / f"data-{kind}"
+    place = given.output / f"data-{'tiny-' if given.tiny else ''}{kind}"
     if not (place / "rows.jsonl").is_file():
         place.mkdir(parents=True, exist_ok=True)
         longest = 64 if given.tiny else 4096

@@ -39,7 +39,9 @@ def section(part: dict[str, Any]) -> list[str]:
     left = [x for x in part["names"] if x not in cases]
     return [
         *(f"### {part['part']}", ""),
-        *(f"{part['device']}, torch {part['torch']}, {part['date']}.", ""),
+        f"{part['device']}, torch {part['torch']}, {part['date']}"
+        + (", at tiny sizes: a rehearsal." if part["tiny"] else "."),
+        "",
         *table(cases),
         *(["", f"Not run yet: {'; '.join(left)}."] if left else []),
         "",
