@@ -62,6 +62,8 @@ def measure(
                 used += generate(
                     model, [prompt], decoding, special=ENDLESS, max_new_tokens=n, seeds=[i]
                 ).forwards
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
             forwards[name] = used / len(prompts)

@@ -78,14 +78,15 @@ def start(kind: type[Any], cfg: DictConfig, world: Any, adapters: bool | None) -
 
 
 class Peak:
-    """GiB at the peak since it was made: of the device, or of this process on a CPU."""
+    """GiB at the peak: of the device since ``restart``, or on a CPU above what this process had."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            self.before = self._kib("VmRSS")
+        self.device, self.before = device, self._kib("VmRSS")
+
+    def restart(self) -> None:
+        """Forget what the weights took while they were drawn."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @staticmethod
     def _kib(field: str) -> int:
@@ -280,6 +281,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
                 found["planned, GiB"] = planned(cfg, adapters, kind.together, room)
             peak = Peak(world.device)
             recipe = start(kind, cfg, world, adapters)
+            peak.restart()
             found |= MEASURES[given.measure](recipe, given.steps)
             recipe.cleanup()
             return found | peak.gib()
