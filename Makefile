@@ -2,8 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 # `make test TORCH=2.11.0`: another release of torch, in an environment of its own.
 TORCH := 2.13.0
+COMMA := ,
 VENV := $(if $(filter 2.13.0,$(TORCH)),.venv,.venvs/$(TORCH))
 BIN := $(VENV)/bin
+# torchtitan needs torch 2.12; without it its tests are skipped.
+EXTRAS := $(if $(filter 2.11.%,$(TORCH)),dev,dev$(COMMA)titan)
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' mdm_plugin/__init__.py)
 # PyTorch's public wheels without CUDA, for where pip's own index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -39,7 +42,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	fi
 	@# triton goes with its torch: constraints.txt pins that of its own.
 	sed '$(if $(filter .venv,$(VENV)),,/^triton==/d; )s/^torch==.*/torch==$(TORCH)/' constraints.txt >$(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
 demo: install
