@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/blocks.py --output blocks.json
 
-Two tables, each of ratios of CPU seconds measured side by side in one process, medians over pairs
-in turn, with their range. The model has d 256, 4 layers (8 where it writes) and a vocabulary of
-4,096.
+Two tables, each of ratios of CPU seconds (on CUDA of seconds) measured side by side in one process,
+medians over pairs in turn, with their range. The model has d 256, 4 layers (8 where it writes) and
+a vocabulary of 4,096.
 
 1. Time of a view's forward and backward pass, of rows of 512 tokens in blocks of 32: K views with
    one clean copy of (K + 1)·L tokens, over K rows of 2·L tokens, each with a clean copy of its own.
@@ -37,7 +37,6 @@ from mdm_plugin.timesteps import Stratified
 from mdm_plugin.training.corruption import corrupted_step
 from mdm_plugin.training.step import backward, global_normalizer
 
-WORLD = World(0, 1, torch.device("cpu"), None)
 VOCABULARY, MASK = 4096, 4095
 
 
@@ -53,13 +52,13 @@ class OneView(Masking):
         return Views(found.mask[at], found.inverse_p[at])
 
 
-def a_model(length: int, block: int, layers: int = 4) -> MDMTransformer:
+def a_model(world: World, length: int, block: int, layers: int = 4) -> MDMTransformer:
     model = llada(VOCABULARY, layers, 4, 256, length, 768, block_length=block)
     initialize_parameters(model, 0)
-    return model
+    return model.to(world.device)
 
 
-def views(number: int, length: int = 512, block: int = 32) -> dict[str, Callable[[], None]]:
+def views(world: World, number: int, length: int, block: int) -> dict[str, Callable[[], None]]:
     """Forward and backward of 2 rows, ``number`` views of each: one clean copy, or one for each."""
     torch.manual_seed(0)
     tokens = torch.randint(VOCABULARY - 1, (2, length)).tolist()
@@ -67,7 +66,7 @@ def views(number: int, length: int = 512, block: int = 32) -> dict[str, Callable
     batches = GlobalBatches(rows, Split(2), Padding(0), seed=0)
     masking = Rotation(number, fixed_count=True) if number > 1 else FixedCount()
     plain = Estimator(Stratified(), masking, MDMLoss(), MASK, blocks=Blocks(block))
-    model = a_model(length, block)
+    model = a_model(world, length, block)
     apart = [plain._replace(masking=OneView(masking, view)) for view in range(number)]
 
     def of(estimators: list[Estimator]) -> Callable[[], None]:
@@ -75,7 +74,7 @@ def views(number: int, length: int = 512, block: int = 32) -> dict[str, Callable
 
         def step() -> None:
             for batch in micro_batches:
-                backward(model, plain.loss, batch, global_normalizer([batch], WORLD), WORLD)
+                backward(model, plain.loss, batch, global_normalizer([batch], world), world)
             model.zero_grad(set_to_none=True)
 
         return step
@@ -83,11 +82,11 @@ def views(number: int, length: int = 512, block: int = 32) -> dict[str, Callable
     return {"shared": of([plain]), "apart": of(apart)}
 
 
-def writing(number: int = 256, block: int = 32) -> dict[str, Callable[[], None]]:
+def writing(world: World, number: int, block: int) -> dict[str, Callable[[], None]]:
     """4 responses of ``number`` tokens."""
     torch.manual_seed(0)
-    prompts = [torch.randint(VOCABULARY - 1, (n,)) for n in (20, 33, 50, 64)]
-    model = a_model(512, block, layers=8).eval()
+    prompts = [torch.randint(VOCABULARY - 1, (n,)).to(world.device) for n in (20, 33, 50, 64)]
+    model = a_model(world, number + 64 + block, block, layers=8).eval()
     special = TokenIds(MASK, 0)
 
     def of(cache: Any) -> Callable[[], None]:
@@ -110,19 +109,23 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--length", type=int, default=512, help="of the rows")
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256, help="to be written")
     given = parser.parse_args()
+    world = World(0, 1, torch.device(given.device), None)
+    clock = time.process_time if given.device == "cpu" else time.perf_counter
     results: dict[str, Any] = {"views": [], "writing": {}}
     print("Time of a view, one clean copy over a copy each")
     for number in (1, 2, 4):
-        found = ratio(
-            in_turn(views(number), given.pairs, clock=time.process_time), "shared", "apart"
-        )
+        steps = views(world, number, given.length, given.block)
+        found = ratio(in_turn(steps, given.pairs, clock=clock), "shared", "apart")
         ideal = (number + 1) / (2 * number)
         results["views"].append({"views": number, "ideal": ideal, "ratio": found})
         print(f"  K = {number}  {shown(found)}  ideal {ideal:.3f}", flush=True)
-    found = ratio(
-        in_turn(writing(), max(2, given.pairs // 3), clock=time.process_time), "without", "with"
-    )
+    ways = writing(world, given.tokens, given.block)
+    found = ratio(in_turn(ways, max(2, given.pairs // 3), clock=clock), "without", "with")
     results["writing"] = found
     print(f"Tokens per second, with the cache over without: {shown(found)}")
     if given.output:

@@ -2,11 +2,15 @@
 
     python benchmarks/generation.py --output generation.json
 
+    python benchmarks/generation.py --output generation.json --device cuda \
+        --shape 126464,32,32,4096,4096,12288 --tokens 256
+
 The quickstart's fine-tuned model (after `tune run mdm_full_finetune --config quickstart`) on its
 held-out rows, with exact match and its 95 % interval; and a wider model at random weights, of whose
 speed alone it says something: 8 layers of 512, 128 new tokens, four tokens a step in place of a
 threshold, which random logits do not reach one by one. Each round runs every way once, in turn;
-figures are medians of the ratios over the rounds, with their range.
+figures are medians of the ratios over the rounds, with their range. ``--shape`` measures a model of
+that shape alone, at random weights, in bf16.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 from quickstart_model import WORLD, Quickstart, last_checkpoint
+from torchtune.training import set_default_dtype
 
 from mdm_plugin.data.prompts import read_prompts
 from mdm_plugin.evaluation import Questions, exact_match
@@ -57,6 +62,8 @@ def measure(
                 used += generate(
                     model, [prompt], decoding, special=ENDLESS, max_new_tokens=n, seeds=[i]
                 ).forwards
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
             forwards[name] = used / len(prompts)
@@ -84,14 +91,43 @@ def show(title: str, found: dict[str, dict[str, Any]]) -> None:
         )
 
 
+def wide(rounds: int) -> dict[str, dict[str, Any]]:
+    """8 layers of 512 at random weights, 128 new tokens."""
+    torch.manual_seed(0)
+    model = llada(4096, 8, 8, 512, 512, 1536).eval()
+    prompts = [torch.randint(2, 4096, (64,))]
+    return measure(model, prompts, 128, ways(32, {"steps": 32}, "4 tokens a step"), rounds)
+
+
+def of_shape(shape: str, n: int, device: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """``n`` new tokens after a prompt of as many, by a model of that shape, in bf16."""
+    torch.manual_seed(0)
+    sizes = [int(x) for x in shape.split(",")]
+    with torch.device(device), set_default_dtype(torch.bfloat16):
+        model = llada(*sizes).eval()
+    prompts = [torch.randint(2, sizes[0], (n,), device=device)]
+    block = {"steps": n // 4}
+    return measure(model, prompts, n, ways(min(32, n // 2), block, "4 tokens a step"), rounds)
+
+
 def main() -> None:
-    """Measure both models."""
+    """Measure both models, or one of the shape that is given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--shape", help="vocabulary, layers, heads, width, longest row, MLP's width"
+    )
+    parser.add_argument("--tokens", type=int, default=256, help="to be written, with --shape")
+    parser.add_argument("--device", default="cpu", help="with --shape")
     given = parser.parse_args()
+    if given.shape:
+        found = of_shape(given.shape, given.tokens, given.device, given.rounds)
+        show(f"{given.shape} at random weights, {given.tokens} new tokens", found)
+        given.output.write_text(json.dumps({"shape": found}, indent=1))
+        return
 
     quickstart = Quickstart()
     model = quickstart.model(last_checkpoint(quickstart.run))
@@ -113,11 +149,7 @@ def main() -> None:
         results["quickstart"][name]["exact_match"] = [match.accuracy, *match.interval()]
     show("The quickstart's model, 24 new tokens", results["quickstart"])
 
-    torch.manual_seed(0)
-    wide = llada(4096, 8, 8, 512, 512, 1536).eval()
-    prompts = [torch.randint(2, 4096, (64,))]
-    fast = ways(32, {"steps": 32}, "4 tokens a step")
-    results["wide"] = measure(wide, prompts, 128, fast, given.rounds)
+    results["wide"] = wide(given.rounds)
     show("8 layers of 512 at random weights, 128 new tokens", results["wide"])
     given.output.write_text(json.dumps(results, indent=1))
 

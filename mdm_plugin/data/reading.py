@@ -47,6 +47,7 @@ class BadRows:
 
     def __call__(self, place: str, reason: str) -> None:
         """Leave out the row at ``place``, or raise a ``UserError``."""
+        reason = " ".join(reason.split())  # a column's name may hold line breaks
         if not self.skip:
             raise UserError(f"{place}: {reason} (on_bad_row: skip to leave it out)")
         self.skipped += 1

@@ -102,8 +102,11 @@ def row_mask(lengths: Tensor, device: torch.device, causal: bool = False) -> Any
     lengths [S], long, on the CPU. They themselves, but on CUDA flex attention's ``BlockMask``, for
     which their sum must be a multiple of 128.
     """
-    if device.type != "cuda":
-        return lengths
+    return flex_row_mask(lengths, device, causal) if device.type == "cuda" else lengths
+
+
+def flex_row_mask(lengths: Tensor, device: torch.device, causal: bool = False) -> Any:
+    """The ``BlockMask`` of ``row_mask``, on any device; on a CPU it is made eagerly."""
     row = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
 
     def same(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -111,7 +114,9 @@ def row_mask(lengths: Tensor, device: torch.device, causal: bool = False) -> Any
         return allowed & (query >= key) if causal else allowed
 
     total = int(lengths.sum())
-    return create_block_mask(same, 1, None, total, total, device=str(device), _compile=True)
+    return create_block_mask(
+        same, 1, None, total, total, device=str(device), _compile=device.type == "cuda"
+    )
 
 
 class LastLayer(TransformerSelfAttentionLayer):

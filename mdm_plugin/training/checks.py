@@ -109,6 +109,8 @@ def _check_device(cfg: DictConfig, device: torch.device) -> None:
         raise UserError(
             "enable_activation_offloading: needs enable_activation_checkpointing: True as well"
         )
+    if cfg.optimizer.get("capturable") and device.type != "cuda":
+        raise UserError(f"optimizer.capturable: works on CUDA only, and the device is {device}")
     if cfg.enable_fp8_training and (
         device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY
     ):

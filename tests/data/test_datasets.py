@@ -122,6 +122,7 @@ def test_json_parquet_and_saved_datasets_give_the_rows_of_jsonl(tokenizer, write
         ("{broken", "not valid JSON"),
         ("[1, 2]", "a row is an object"),
         (json.dumps({"text": "x"}), "no list 'messages'"),
+        (json.dumps({"a\nb": "x"}), r"no list .messages. \(columns: a b\)"),
         (json.dumps({"messages": [{"role": "user"}]}), r"messages\[0\] is not"),
         (json.dumps({"messages": [{"role": "user", "content": None}]}), r"messages\[0\] is not"),
         (json.dumps(row(("user", "a"), ("user", "b"))), "no assistant turn|consecutive user"),

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,30 @@ def test_every_large_config_fits_the_gpus_that_its_header_names(name):
         assert fits == pytest.approx(float(peak), abs=0.051)
     if name in PUBLISHED:
         assert f"{PUBLISHED[name]:,} parameters" in text
+
+
+IN_8_BITS = ["master_dtype=bf16", "optimizer=torchao.optim.AdamW8bit"]
+AT_ONCE = ["optimizer_in_bwd=True", "clip_grad_norm=null", "global_batch_size=4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "given", "row"),
+    [
+        ("llada/8B_full", 1, ["batch_size=1", *IN_8_BITS], r"`llada/8B_full` with .* {} GiB \|"),
+        ("llada/8B_full", 1, [*IN_8_BITS, *AT_ONCE], r"`llada/8B_full` with .*pass: {} \|"),
+        ("llada/8B_full", 8, ["batch_size=16", "global_batch_size=128"], r"128 rows a step: {} "),
+        ("llada/8B_lora", 1, ["batch_size=16"], r"`llada/8B_lora` \| 25.1 .*: {} \|"),
+    ],
+    ids=["8 bits", "within the backward pass", "8 GPUs", "LoRA"],
+)
+def test_the_page_of_gpus_has_what_the_dry_run_plans(name, ranks, given, row):
+    """Where no config's header names it."""
+    overrides = [*given, f"dry_run.ranks={ranks}", "dry_run.device_gib=80"]
+    text = plan(load_config(name, overrides, Options), adapters="lora" in name)
+    page = (Path(__file__).parents[2] / "docs/gpu.md").read_text()
+    (shown,) = re.findall(row.format(r"([\d.]+)"), page)
+    fits = float(re.search(r"Fits: ([\d.]+) of", text)[1])
+    assert fits == pytest.approx(float(shown), abs=0.051)
 
 
 # Where activations, the head's logits, or the optimizer's state are the largest part.

@@ -6,13 +6,20 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchao.optim import AdamW8bit
 
+from mdm_plugin.contract import Blocks, Estimator
+from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
 from mdm_plugin.distributed.build import Build, build_model
-from mdm_plugin.distributed.parameters import fill, full, named_parameters
+from mdm_plugin.distributed.parameters import fill, full, initialize_parameters, named_parameters
 from mdm_plugin.distributed.world import distributed
 from mdm_plugin.errors import UserError
-from mdm_plugin.models import llada
+from mdm_plugin.loss import MDMLoss
+from mdm_plugin.masking import Complement
+from mdm_plugin.models import llada, lora_llada
+from mdm_plugin.timesteps import Stratified
 from mdm_plugin.training import EMA
+from mdm_plugin.training.corruption import corrupted_step, pack
 from mdm_plugin.training.precision import check_precision, rounding
+from mdm_plugin.training.step import backward, global_normalizer
 
 SHAPE = {
     **{"vocab_size": 64, "num_layers": 1, "num_heads": 2, "embed_dim": 64},
@@ -82,6 +89,51 @@ def test_the_average_is_fp32_and_follows_a_drift_whatever_the_weights_are(dtype)
         assert model.weight.dtype == dtype
         torch.testing.assert_close(model.weight.detach(), average.to(dtype), rtol=0, atol=0)
     assert torch.equal(model.weight, weight) and torch.equal(ema.weights()["weight"], average)
+
+
+def gradient(kind, dtype):
+    """Of the tests' rows at given weights, in ``dtype`` with fp32 masters: padded, packed, in
+    blocks of 4, or of adapters."""
+    torch.manual_seed(0)
+    rows = Rows((torch.randint(62, (n,)).tolist(), [False] * 4 + [True] * (n - 4)) for n in (24, 9))
+    batches = GlobalBatches(rows, Split(2), Padding(62), seed=0)
+    blocks = Blocks(4) if kind == "blocks" else None
+    estimator = Estimator(Stratified(), Complement(), MDMLoss(), 63, blocks=blocks)
+    shape = {**SHAPE, "max_seq_len": 32, "num_layers": 2}
+
+    def build():
+        if kind == "adapters":
+            named = ["q_proj", "v_proj"]
+            return lora_llada(named, **shape, apply_lora_to_mlp=True, lora_rank=4, lora_alpha=8)
+        return llada(**shape, block_length=4 if blocks else None)
+
+    with distributed("cpu") as world:
+        how = Build(masters=torch.float32)
+        model = build_model(build, world, dtype, how)
+        initialize_parameters(model, 0)
+        trained = {k: p for k, p in named_parameters(model).items() if p.requires_grad}
+        if kind == "adapters":  # else B's gradient alone is not 0
+            torch.manual_seed(1)
+            b = [k for k in trained if k.endswith("lora_b.weight")]
+            fill(model, [(k, torch.randn(trained[k].shape) * 0.1) for k in b])
+        (noisy,) = corrupted_step(batches, 0, estimator)
+        if kind == "packed":
+            noisy = pack(noisy, model, world.device)
+        backward(model, estimator.loss, noisy, global_normalizer([noisy], world), world)
+        assert {p.grad.dtype for p in trained.values()} == {torch.float32}
+        return {k: full(p.grad).double().flatten() for k, p in trained.items()}
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "blocks", "adapters"])
+def test_the_gradient_of_masters_computed_in_bf16_is_nearly_fp32_s(kind):
+    """By FSDP2's mixed precision; adapters by autocast. Angles and lengths, to bf16's 8 bits."""
+    half, whole = gradient(kind, torch.bfloat16), gradient(kind, torch.float32)
+    assert half.keys() == whole.keys()
+    for name, truth in whole.items():
+        found = half[name]
+        assert torch.cosine_similarity(found, truth, dim=0) > 0.998, name
+        assert found.norm() / truth.norm() == pytest.approx(1, abs=0.03), name
+        assert not torch.equal(found, truth), name
 
 
 def config(**changes):
