@@ -142,11 +142,11 @@ def lora_qwen3(
 
     Args:
         lora_attn_modules: of ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``.
-        vocab_size, num_layers, num_heads, num_kv_heads, embed_dim, intermediate_dim, max_seq_len,
-            head_dim, norm_eps, rope_base, tie_word_embeddings, shift, block_length: as in
-            ``qwen3``.
-        apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base: as in
-            ``lora_llada``.
+        vocab_size, num_layers, num_heads, num_kv_heads, embed_dim: as in ``qwen3``.
+        intermediate_dim, max_seq_len, head_dim, norm_eps, rope_base: likewise.
+        tie_word_embeddings, shift, block_length: likewise.
+        apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout: as in ``lora_llada``.
+        use_dora, quantize_base: likewise.
 
     Raises:
         ValueError: as ``qwen3``, and on an unknown module.
