@@ -5,8 +5,8 @@ TORCH := 2.13.0
 COMMA := ,
 VENV := $(if $(filter 2.13.0,$(TORCH)),.venv,.venvs/$(TORCH))
 BIN := $(VENV)/bin
-# torchtitan needs torch 2.12; without it its tests are skipped.
-EXTRAS := $(if $(filter 2.11.%,$(TORCH)),dev,dev$(COMMA)titan)
+# torchtitan needs torch 2.13; without it its tests are skipped.
+EXTRAS := $(if $(filter 2.13.%,$(TORCH)),dev$(COMMA)titan,dev)
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' mdm_plugin/__init__.py)
 # PyTorch's public wheels without CUDA, for where pip's own index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
