@@ -138,6 +138,7 @@ def machine(data_dir, tmp_path_factory):
     )
     trained("mdm_full_finetune", "quickstart", "home/quickstart/run", "step_1840")
     trained("mdm_full_finetune", "quickstart_block", "home/quickstart/block", "step_460")
+    shutil.copytree(home / "block/step_460", home / "block/step_690")
     shutil.copytree(home / "run/step_1840", place / "runs/step_1000")
     trained("mdm_full_finetune", "llada/8B_full", "LLaDA-8B-Instruct-full", "step_1000")
     trained("mdm_lora_finetune", "llada/8B_lora", "LLaDA-8B-Instruct-lora", "step_1000")

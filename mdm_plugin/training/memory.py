@@ -171,7 +171,7 @@ def writing(cfg: DictConfig, model: MDMTransformer, mode: Any, rows: int, length
     # To sort them takes more, and so do samplers that compare distributions.
     each = 40 if (decoding.get("top_p") or 1) < 1 else 20 if decoding.get("top_k") else 16
     each += 16 if sampler._component_.endswith(".Stable") else 0
-    each += 8 if sampler.get("order") == "entropy" else 0
+    each += 4 if sampler.get("order") == "entropy" else 0
     logits = max(each * rows, 8 * rows + 24) * width * model.tok_embeddings.num_embeddings
     attention, layers = model.layers[0].attn, model.layers
     size = next(model.parameters()).element_size()

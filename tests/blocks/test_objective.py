@@ -63,7 +63,7 @@ def close(a, b):
 
 # Enumeration: rows of N = 8 in two blocks of 4, of which the first has two tokens of the prompt.
 
-GROUPS, SIZE = 4096, 8
+GROUPS, SIZE = 1024, 8
 
 
 def block_losses(sampler, masking, blocks, sizes=(2, 4)):

@@ -22,12 +22,15 @@ PPOTS = (
 )
 WAYS = {
     "a t of each block, rows filled with EOS": (),
-    "one t, padding": ("blocks_share_t=True", "train_eos_padding=False"),
-    "grouped": ("batch_layout=grouped", "train_eos_padding=False", "loss.normalize=tokens"),
-    "schedule": ("block_schedule=[[0.0,2],[0.3,8],[0.8,4]]", "train_eos_padding=False"),
-    "P-POTS of losses": (*PPOTS, "train_eos_padding=False"),
-    "P-POTS of gradients": (*PPOTS, "timesteps.target=gradient", "model.shift=True"),
-    "Adaptive": ("timesteps=mdm_plugin.timesteps.Adaptive", "masking=mdm_plugin.masking.Mirror"),
+    "one t, grouped": (
+        *("blocks_share_t=True", "batch_layout=grouped", "train_eos_padding=False"),
+        "loss.normalize=tokens",
+    ),
+    "a schedule, Adaptive": (
+        *("block_schedule=[[0.0,2],[0.3,8],[0.8,4]]", "train_eos_padding=False"),
+        *("timesteps=mdm_plugin.timesteps.Adaptive", "masking=mdm_plugin.masking.Mirror"),
+    ),
+    "P-POTS of gradients, shifted": (*PPOTS, "timesteps.target=gradient", "model.shift=True"),
 }
 
 
