@@ -28,13 +28,14 @@ from torch import Tensor
 from mdm_plugin.alignment import Drawn, DrawPlan, add_gradient, drawn
 from mdm_plugin.alignment.bounds import check_draws, sharing, token_bounds
 from mdm_plugin.alignment.estimates import check_order
-from mdm_plugin.alignment.policy import PolicyLoss
+from mdm_plugin.alignment.policy import PolicyLoss, check_ratio
 from mdm_plugin.alignment.reference import Live, check_reference, live_reference
 from mdm_plugin.alignment.rewards import advantages, check_advantages, read_rewards
 from mdm_plugin.alignment.rollouts import (
     Rollout,
     Writing,
     approximate,
+    asked,
     chosen_rows,
     rewarded,
     roll_out,
@@ -170,15 +171,10 @@ class MDMReinforcement(MDMFinetune):
     def answers(self, step: int) -> Rollout:
         """This rank's share of the step's answers, by the model as it is now."""
         cfg, place = self.cfg, self.place(step)
-        numbers = self.batches.row_indices(place)
-        micro_batches = [
-            ([self.prompts[i] for i in numbers[places].tolist()], places)
-            for places in self.batches.places(place)
-        ]
         return roll_out(
             self.model,
             self.tokenizer,
-            micro_batches,
+            asked(self.prompts, self.batches, place),
             Writing(cfg.group_size, self.decoding, cfg.max_new_tokens),
             self.batches.padding,
             self.world,
@@ -308,11 +304,7 @@ def check_options(cfg: DictConfig, estimator: Estimator, loss: PolicyLoss) -> No
             raise UserError(f"{key}: {cfg[key]}: use 1 or more")
     check_advantages(cfg.baseline, cfg.by_deviation, cfg.group_size)
     check_draws(estimator, cfg.draws)
-    if loss.by_token and estimator.masking.by_count:
-        raise UserError(
-            f"loss.ratio: token with {type(estimator.masking).__name__}, whose tokens have the "
-            "weight N over the count: their ratios explode: use sequence, or the masking Coupled"
-        )
+    check_ratio(loss, estimator.masking, "loss")
     for key in ("dataset", "dataset_val"):
         if cfg[key] is not None:
             raise UserError(f"{key}: the model writes the rows that it learns from: set {key}=null")

@@ -31,7 +31,7 @@ from mdm_plugin.alignment.looks import Spread, check_options, load, read_estimat
 from mdm_plugin.alignment.policy import PolicyLoss, check_ratio
 from mdm_plugin.alignment.policy_report import Seen, write_policy
 from mdm_plugin.alignment.rewards import advantages, check_advantages, read_rewards
-from mdm_plugin.alignment.rollouts import Rollout, Writing, rewarded, roll_out
+from mdm_plugin.alignment.rollouts import Rollout, Writing, asked, rewarded, roll_out
 from mdm_plugin.config.components import instantiate
 from mdm_plugin.contract import Estimator
 from mdm_plugin.data import GlobalBatches, Padding, Rows, Split
@@ -183,15 +183,10 @@ class PolicyVariance:
     def _judged(self, key: Key) -> Judged:
         """Answers to the prompts of a batch, and what they are worth beside each other."""
         own, world, batch = self.cfg.policy, self.world, int(key[0])
-        numbers = self.batches.row_indices(batch)
-        asked = [
-            ([self.prompts[i] for i in numbers[x.places].tolist()], x.places)
-            for x in self.batches.micro_batches(batch)
-        ]
         rollout: Rollout = roll_out(
             self.model,
             self.tokenizer,
-            asked,
+            asked(self.prompts, self.batches, batch),
             Writing(own.group_size, self.decoding, own.max_new_tokens),
             self.batches.padding,
             world,

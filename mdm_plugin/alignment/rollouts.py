@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdm_plugin.alignment.bounds import everywhere
 from mdm_plugin.alignment.rewards import Reward, reward_answers
-from mdm_plugin.data.batches import Batch, Padding
+from mdm_plugin.data.batches import Batch, GlobalBatches, Padding
 from mdm_plugin.data.prompts import Prompt
 from mdm_plugin.distributed.uneven import uneven_forwards
 from mdm_plugin.distributed.world import World
@@ -68,6 +68,14 @@ class Writing(NamedTuple):
     group: int
     decoding: Decoding
     max_new_tokens: int
+
+
+def asked(
+    prompts: Sequence[Prompt], batches: GlobalBatches, step: int
+) -> list[tuple[list[Prompt], Tensor]]:
+    """The prompts of this rank's micro-batches of a step, and their places [P]."""
+    numbers = batches.row_indices(step)
+    return [([prompts[i] for i in numbers[x].tolist()], x) for x in batches.places(step)]
 
 
 def roll_out(
@@ -188,8 +196,7 @@ def _rows(
     prompts: Sequence[Prompt], answers: Sequence[Tensor], places: Tensor, padding: Padding
 ) -> Batch:
     longest = max(len(x.ids) + len(y) for x, y in zip(prompts, answers, strict=True))
-    length = -(-longest // padding.multiple) * padding.multiple
-    length = length if padding.max_len is None else min(length, max(padding.max_len, longest))
+    length = padding.length(longest)
     tokens = torch.full((len(answers), length), padding.pad_id)
     eligible, real = torch.zeros(2, len(answers), length, dtype=torch.bool)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

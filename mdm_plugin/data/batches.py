@@ -70,6 +70,11 @@ class Padding(NamedTuple):
     multiple: int = 1
     max_len: int | None = None
 
+    def length(self, longest: int) -> int:
+        """What rows up to so long are padded to."""
+        length = -(-longest // self.multiple) * self.multiple
+        return length if self.max_len is None else min(length, max(self.max_len, longest))
+
 
 class GlobalBatches:
     """The batches of a run: each epoch a new order, cut into global batches.
@@ -143,18 +148,12 @@ class GlobalBatches:
         """How many blocks of ``size`` tokens with something to predict the rows of a global batch
         have. indices [n] → [n], long."""
         longest = int(self.rows.lengths_of(indices).max())
-        length = longest if self.padding.eos_id is None else self._length(longest)
+        length = longest if self.padding.eos_id is None else self.padding.length(longest)
         _, eligible, real = self.rows.padded(indices, length, self.padding.pad_id)
         if self.padding.eos_id is not None:
             eligible |= ~real
         whole = torch.nn.functional.pad(eligible, (0, -length % size))
         return whole.unflatten(1, (-1, size)).any(2).sum(1)
-
-    def _length(self, longest: int) -> int:
-        """What rows up to so long are padded to."""
-        multiple, max_len = self.padding.multiple, self.padding.max_len
-        length = -(-longest // multiple) * multiple
-        return length if max_len is None else min(length, max(max_len, longest))
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``, in the order of accumulation."""
@@ -194,7 +193,7 @@ class GlobalBatches:
         pad, eos = self.padding.pad_id, self.padding.eos_id
         if eos is None:
             longest = int(self.rows.lengths_of(indices).max())
-        length = self._length(longest)
+        length = self.padding.length(longest)
         tokens, eligible, real = self.rows.padded(indices, length, pad if eos is None else eos)
         u = keyed_uniform(self.seed, *key, places=places, length=length)
         if eos is not None:

@@ -132,10 +132,18 @@ class BlockRows:
 
 
 class BlockWriter:
-    """Logits of the block that is being written, for the rows that are not finished."""
+    """Writes the block that is being written, of the rows that are not finished."""
 
-    def __init__(self, rows: BlockRows, caches: PrefixCaches | None) -> None:
-        self.rows, self.caches = rows, caches
+    def __init__(
+        self,
+        rows: BlockRows,
+        caches: PrefixCaches | None,
+        decoding: Decoding,
+        on_step: Callable[[Step], None] | None,
+    ) -> None:
+        self.rows, self.caches, self.decoding, self.on_step = rows, caches, decoding, on_step
+        late = rows.eos_id if decoding.eos_last else None
+        self.late = -1 if late is None else late  # to be chosen last; -1: no token
         self.alive = torch.arange(len(rows.tokens), device=rows.device)
         self.before: Tensor | None = None  # logits of the block's first tokens, of a shifted model
 
@@ -144,6 +152,18 @@ class BlockWriter:
         if self.caches and len(alive) < len(self.alive):
             self.caches.choose(torch.searchsorted(self.alive, alive))
         self.alive, self.before = alive, None
+
+    def advance(
+        self, block: int, masked: Tensor, first: Tensor, step: tuple[int, int], noise: Noise
+    ) -> None:
+        """A step of a block; ``masked`` to ``step`` as ``propose`` takes them. The memory that it
+        needs, several times that of the logits, is free when it ends."""
+        logits = self.logits(block, masked)
+        candidates = propose(logits, masked, first, step, self.decoding, noise)
+        chosen = self.decoding.sampler(candidates, candidates.prediction == self.late) & masked
+        self.rows.put(self.alive, chosen, candidates.prediction, block)
+        if self.on_step:
+            self.on_step(_step(self.rows, self.alive, block, chosen, candidates))
 
     def logits(self, block: int, masked: Tensor) -> Tensor:
         """fp32 logits of a block's masked places [B', S], −inf for the mask token. [B', S, V].
@@ -212,12 +232,10 @@ def write_blocks(
     Raises:
         ValueError: as ``check_decoding``.
     """
-    size, eos = rows.size, rows.eos_id
+    size, forwards = rows.size, 0
     part, steps = check_decoding(decoding, size, rows.n)
-    late = eos if decoding.eos_last and eos is not None else -1  # -1: no token
-    forwards = 0
     with PrefixCaches(rows.model) if decoding.cache else nullcontext() as caches:
-        writer = BlockWriter(rows, caches)
+        writer = BlockWriter(rows, caches, decoding, on_step)
         for block in range(rows.first, rows.blocks):
             alive = rows.unfinished()
             if not len(alive):
@@ -232,15 +250,9 @@ def write_blocks(
                 first = (rows.masked(block)[alive] & inside).sum(1)
                 number = 0
                 while (masked := rows.masked(block)[alive] & inside).any():
-                    logits = writer.logits(block, masked)
-                    forwards += 1
                     noise = Noise(own, block * size + start, number)
-                    candidates = propose(logits, masked, first, (number, steps), decoding, noise)
-                    chosen = decoding.sampler(candidates, candidates.prediction == late) & masked
-                    rows.put(alive, chosen, candidates.prediction, block)
-                    number += 1
-                    if on_step:
-                        on_step(_step(rows, alive, block, chosen, candidates))
+                    writer.advance(block, masked, first, (number, steps), noise)
+                    forwards, number = forwards + 1, number + 1
     return Generated(rows.response(), forwards)
 
 

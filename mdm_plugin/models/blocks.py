@@ -91,9 +91,7 @@ class BlockAttention:
     def allowed(self) -> Tensor:
         """Who attends to whom, [R, W, W] or [1, W, W], bool: the definition."""
         column, block, view = self.columns(), self.block_of(), self.view()
-        own = (view[:, None] == view) & (block[:, None] == block)
-        earlier = (view == -1) & (block[:, None] > block)
-        allowed = (own | earlier)[None]
+        allowed = _sees(view[:, None], block[:, None], view, block)[None]
         return allowed if self.real is None else allowed & self.real[:, None, column]
 
     def to(self, device: torch.device) -> "BlockAttention":
@@ -160,19 +158,22 @@ class BlockAttention:
             own = slice(start, min(start + self._step(), end))
             first, last = own.start + offset, own.stop + offset  # as columns
             before = slice(0, 0 if clean else last - self.block)
-            query = torch.arange(first, last)[:, None] // self.block
-            if clean:
-                keys = torch.arange(last)
-                mask = query >= keys // self.block
-            else:
-                keys = torch.cat((torch.arange(first, last), torch.arange(before.stop)))
-                is_own = torch.arange(len(keys)) < last - first
-                block = keys // self.block
-                mask = (is_own & (query == block)) | (~is_own & (query > block))
+            query = torch.arange(first, last)
+            keys = torch.arange(last) if clean else torch.cat((query, torch.arange(before.stop)))
+            view = torch.full_like(keys, -1)
+            if not clean:  # any view's number does: no other view's keys are here
+                view[: len(query)] = 0
+            mask = _sees(view[:1], query[:, None] // self.block, view, keys // self.block)
             if self.real is not None:
                 mask = mask & self.real[:, None, None, keys]
             self._calls[start, clean] = own, before, None if mask.all() else mask
         return self._calls[start, clean]
+
+
+def _sees(view: Tensor, block: Tensor, other_view: Tensor, other_block: Tensor) -> Tensor:
+    """Whether a token of a view and a block attends to another one; −1 is the clean copy."""
+    own = (view == other_view) & (block == other_block)
+    return own | ((other_view == -1) & (block > other_block))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -190,10 +191,9 @@ class PackedBlocks:
         self.rows = rows
         self.widths = [x.width for x in rows]
         self.block_mask: Any = None
-        starts = torch.tensor([0, *self.widths]).cumsum(0)
-        self.starts = starts[:-1]
+        starts = torch.tensor([0, *self.widths[:-1]]).cumsum(0)
         self._before = torch.cat(
-            [x.before(torch.arange(x.width)) + s for x, s in zip(rows, self.starts, strict=True)]
+            [x.before(torch.arange(x.width)) + s for x, s in zip(rows, starts, strict=True)]
         )
 
     def before(self, positions: Tensor) -> Tensor:
@@ -238,13 +238,11 @@ def _flex(
     """A ``BlockMask`` of T tokens by the row, the view and the block of each, [T]; a clean one's
     view is −1. real: [R, T] or None."""
     row, view, block = (x.to(device) for x in (row, view, block))
-    clean = view == -1
     real = None if real is None else real.to(device)
 
     def rule(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (view[query] == view[key]) & (block[query] == block[key])
-        earlier = clean[key] & (block[query] > block[key])
-        allowed = (row[query] == row[key]) & (own | earlier)
+        sees = _sees(view[query], block[query], view[key], block[key])
+        allowed = (row[query] == row[key]) & sees
         return allowed if real is None else allowed & real[b, key]
 
     total, rows = len(row), None if real is None else len(real)

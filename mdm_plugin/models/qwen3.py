@@ -3,7 +3,7 @@
 torchtune 0.6.1 has no builder of it, and its attention normalises what is turned already.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torchtune.modules import (
 )
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from mdm_plugin.models.transformer import MDMTransformer, bidirectional
+from mdm_plugin.models.transformer import MDMTransformer, bidirectional, with_arguments_of
 from mdm_plugin.torchtune_internals import attention_call
 
 # SDAR-4B-Chat's config.json: Qwen3-4B, which writes blocks of 4 tokens.
@@ -31,7 +31,6 @@ SDAR_4B: dict[str, Any] = {
     "embed_dim": 2560,
     "intermediate_dim": 9728,
 }
-Linear = Callable[[str, int, int], nn.Module]
 
 
 class NormedAttention(MultiHeadAttention):
@@ -105,48 +104,41 @@ def qwen3(
             f"head_dim {head_dim} is to be even, and num_heads {num_heads} a multiple of "
             f"num_kv_heads {num_kv_heads}"
         )
-    decoder = _decoder(
-        lambda name, width, out: nn.Linear(width, out, bias=False),
-        (vocab_size, num_layers, embed_dim, intermediate_dim, max_seq_len),
-        (num_heads, num_kv_heads, head_dim),
-        norm_eps,
-        rope_base,
-        tie_word_embeddings,
+    rotary = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
+    heads = num_heads, num_kv_heads, head_dim
+    sizes = embed_dim, intermediate_dim, max_seq_len
+    embeddings = nn.Embedding(vocab_size, embed_dim)
+    head = nn.Linear(embed_dim, vocab_size, bias=False)
+    decoder = TransformerDecoder(
+        tok_embeddings=embeddings,
+        layers=nn.ModuleList(_layer(rotary, heads, sizes, norm_eps) for _ in range(num_layers)),
+        max_seq_len=max_seq_len,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        norm=RMSNorm(embed_dim, norm_eps),
+        output=TiedLinear(embeddings) if tie_word_embeddings else head,
     )
     return bidirectional(decoder, shift=shift, block_length=block_length)
 
 
+@with_arguments_of(qwen3)
 def lora_qwen3(
     lora_attn_modules: list[str],
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    embed_dim: int,
-    intermediate_dim: int,
-    max_seq_len: int,
-    head_dim: int = 128,
-    norm_eps: float = 1e-6,
-    rope_base: float = 1_000_000.0,
-    tie_word_embeddings: bool = False,
-    shift: bool = False,
-    block_length: int | None = None,
     apply_lora_to_mlp: bool = False,
     lora_rank: int = 8,
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     use_dora: bool = False,
     quantize_base: bool = False,
+    **arguments: Any,
 ) -> MDMTransformer:
     """``qwen3`` with low-rank adapters, which alone are trained.
 
     Args:
         lora_attn_modules: of ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``.
-        vocab_size, num_layers, num_heads, num_kv_heads, embed_dim: as in ``qwen3``.
-        intermediate_dim, max_seq_len, head_dim, norm_eps, rope_base: likewise.
-        tie_word_embeddings, shift, block_length: likewise.
         apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout: as in ``lora_llada``.
         use_dora, quantize_base: likewise.
+        arguments: ``qwen3``'s.
 
     Raises:
         ValueError: as ``qwen3``, and on an unknown module.
@@ -154,81 +146,51 @@ def lora_qwen3(
     known = {"q_proj", "k_proj", "v_proj", "output_proj"}
     if not lora_attn_modules or set(lora_attn_modules) - known:
         raise ValueError(f"lora_attn_modules is {list(lora_attn_modules)}: use of {sorted(known)}")
-    if head_dim % 2 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"head_dim {head_dim} is to be even, and num_heads {num_heads} a multiple of "
-            f"num_kv_heads {num_kv_heads}"
-        )
     kind = DoRALinear if use_dora else LoRALinear
-    adapted = {*lora_attn_modules, *(("mlp",) if apply_lora_to_mlp else ())}
-
-    def linear(name: str, width: int, out: int) -> nn.Module:
-        if name not in adapted:
-            return nn.Linear(width, out, bias=False)
-        return kind(width, out, lora_rank, lora_alpha, lora_dropout, quantize_base=quantize_base)
-
-    decoder = _decoder(
-        linear,
-        (vocab_size, num_layers, embed_dim, intermediate_dim, max_seq_len),
-        (num_heads, num_kv_heads, head_dim),
-        norm_eps,
-        rope_base,
-        tie_word_embeddings,
-    )
-    return bidirectional(decoder, shift=shift, block_length=block_length)
+    model = qwen3(**arguments)
+    for layer in model.layers:
+        adapted = [(layer.attn, name) for name in lora_attn_modules]
+        if apply_lora_to_mlp:
+            adapted += [(layer.mlp, name) for name in ("w1", "w2", "w3")]
+        for module, name in adapted:
+            plain = module.get_submodule(name)
+            width, out = plain.in_features, plain.out_features
+            options = {"dropout": lora_dropout, "quantize_base": quantize_base}
+            setattr(module, name, kind(width, out, lora_rank, lora_alpha, **options))
+    return model
 
 
-def _decoder(
-    linear: Linear,
-    sizes: tuple[int, int, int, int, int],
+def _layer(
+    rotary: nn.Module,
     heads: tuple[int, int, int],
+    sizes: tuple[int, int, int],
     norm_eps: float,
-    rope_base: float,
-    tied: bool,
-) -> TransformerDecoder:
-    """Qwen3's layers. linear: gives a layer's matrix by its name, ``mlp`` for those of the MLP.
-
-    sizes: vocab_size, num_layers, embed_dim, intermediate_dim, max_seq_len. heads: num_heads,
-    num_kv_heads, head_dim.
-    """
-    vocab_size, num_layers, embed_dim, hidden, max_seq_len = sizes
-    num_heads, num_kv_heads, head_dim = heads
-    rotary = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope_base)
-    layers = nn.ModuleList()
-    for _ in range(num_layers):
-        attention = NormedAttention(
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            q_proj=linear("q_proj", embed_dim, num_heads * head_dim),
-            k_proj=linear("k_proj", embed_dim, num_kv_heads * head_dim),
-            v_proj=linear("v_proj", embed_dim, num_kv_heads * head_dim),
-            output_proj=linear("output_proj", num_heads * head_dim, embed_dim),
-            pos_embeddings=rotary,
-            q_norm=RMSNorm(head_dim, norm_eps),
-            k_norm=RMSNorm(head_dim, norm_eps),
-            max_seq_len=max_seq_len,
-        )
-        mlp = FeedForward(
-            gate_proj=linear("mlp", embed_dim, hidden),
-            down_proj=linear("mlp", hidden, embed_dim),
-            up_proj=linear("mlp", embed_dim, hidden),
-        )
-        norms = RMSNorm(embed_dim, norm_eps), RMSNorm(embed_dim, norm_eps)
-        layers.append(
-            TransformerSelfAttentionLayer(attention, mlp, sa_norm=norms[0], mlp_norm=norms[1])
-        )
-    embeddings = nn.Embedding(vocab_size, embed_dim)
-    return TransformerDecoder(
-        tok_embeddings=embeddings,
-        layers=layers,
-        max_seq_len=max_seq_len,
+) -> TransformerSelfAttentionLayer:
+    """A layer. heads: num_heads, num_kv_heads, head_dim. sizes: embed_dim, intermediate_dim,
+    max_seq_len."""
+    (num_heads, num_kv_heads, head_dim), (embed_dim, hidden, max_seq_len) = heads, sizes
+    linear = partial(nn.Linear, bias=False)
+    attention = NormedAttention(
+        embed_dim=embed_dim,
         num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm=RMSNorm(embed_dim, norm_eps),
-        output=TiedLinear(embeddings) if tied else nn.Linear(embed_dim, vocab_size, bias=False),
+        q_proj=linear(embed_dim, num_heads * head_dim),
+        k_proj=linear(embed_dim, num_kv_heads * head_dim),
+        v_proj=linear(embed_dim, num_kv_heads * head_dim),
+        output_proj=linear(num_heads * head_dim, embed_dim),
+        pos_embeddings=rotary,
+        q_norm=RMSNorm(head_dim, norm_eps),
+        k_norm=RMSNorm(head_dim, norm_eps),
+        max_seq_len=max_seq_len,
     )
+    mlp = FeedForward(
+        gate_proj=linear(embed_dim, hidden),
+        down_proj=linear(hidden, embed_dim),
+        up_proj=linear(embed_dim, hidden),
+    )
+    before, between = RMSNorm(embed_dim, norm_eps), RMSNorm(embed_dim, norm_eps)
+    return TransformerSelfAttentionLayer(attention, mlp, sa_norm=before, mlp_norm=between)
 
 
 def sdar_4b(

@@ -69,11 +69,11 @@ def prepare_autoregressive(directory: str, beside: str | None = None) -> None:
         prepare_data(directory)
     else:
         prepare(directory)
-    if beside is not None and not Path(beside).expanduser().is_dir():
-        raise UserError(
-            f"checkpointer.checkpoint_dir: {beside} does not exist: run "
-            "`tune run mdm_full_finetune --config quickstart` first"
-        )
+        if not Path(beside).expanduser().is_dir():
+            raise UserError(
+                f"checkpointer.checkpoint_dir: {beside} does not exist: run "
+                "`tune run mdm_full_finetune --config quickstart` first"
+            )
     _train_once(directory, "quickstart_autoregressive", "autoregressive")
 
 

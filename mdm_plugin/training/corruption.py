@@ -151,8 +151,8 @@ def _pack_blocks(batch: Corrupted, attend: BlockAttention) -> Corrupted:
     for i, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
         first = min(first, end - 1) // size * size
         own = BlockAttention(size, end, first, attend.views, real[i : i + 1, :end])
-        shown = (column_in := columns) < torch.where(view < 0, end - size, end)
-        kept.append(shown & ((view < 0) | (column_in >= first)))
+        shown = columns < torch.where(view < 0, end - size, end)
+        kept.append(shown & ((view < 0) | (columns >= first)))
         rows.append(own)
     chosen = torch.stack(kept)
     new = chosen.flatten().cumsum(0) - 1
@@ -175,11 +175,8 @@ def corrupt(batch: Batch, times: Times, estimator: Estimator) -> Corrupted:
     """
     if estimator.blocks:
         return corrupt_blocks(batch, times, estimator, estimator.blocks)
-    masking, loss = estimator.masking, estimator.loss
-    t, n = times.t[batch.places], batch.eligible.sum(1)
-    importance = times.row_weights(batch.places, n, masking, estimator.w)
-    views = masking(t, batch.u, batch.eligible, estimator.w)
-    check_views(views, estimator, batch)
+    loss = estimator.loss
+    t, n, importance, views = _draw(batch, times, estimator)
     count, rows, length = views.mask.shape
     hidden = views.mask if views.hidden is None else views.hidden
     return Corrupted(
@@ -206,7 +203,7 @@ def corrupt_blocks(batch: Batch, times: Times, estimator: Estimator, blocks: Blo
     times: of the global batch's blocks, where ``batch.first_block`` numbers them; of its rows
         otherwise: [n].
     """
-    masking, loss, size = estimator.masking, estimator.loss, blocks.length
+    loss, size = estimator.loss, blocks.length
     rows, length = batch.tokens.shape
     fill = -length % size
     tokens, eligible = F.pad(batch.tokens, (0, fill)), F.pad(batch.eligible, (0, fill))
@@ -231,10 +228,7 @@ def corrupt_blocks(batch: Batch, times: Times, estimator: Estimator, blocks: Blo
         cut(F.pad(batch.u, (0, fill)))[row, block],
         number,
     )
-    t, n = times.t[number], own.eligible.sum(1)
-    importance = times.row_weights(number, n, masking, estimator.w)
-    views = masking(t, own.u, own.eligible, estimator.w)
-    check_views(views, estimator, own)
+    t, n, importance, views = _draw(own, times, estimator)
     count, all_n = len(views.mask), batch.eligible.sum(1)
     attend = BlockAttention(size, whole, int(block.min()) * size, count, real)
     hidden = torch.zeros(count, rows, whole // size, size, dtype=torch.bool)
@@ -257,6 +251,15 @@ def corrupt_blocks(batch: Batch, times: Times, estimator: Estimator, blocks: Blo
         row=row,
         input_pos=attend.columns().expand(rows, -1),
     )
+
+
+def _draw(batch: Batch, times: Times, estimator: Estimator) -> tuple[Tensor, Tensor, Tensor, Views]:
+    """Of each row t, its eligible positions and its importance weight, [R]; and the views."""
+    t, n = times.t[batch.places], batch.eligible.sum(1)
+    importance = times.row_weights(batch.places, n, estimator.masking, estimator.w)
+    views = estimator.masking(t, batch.u, batch.eligible, estimator.w)
+    check_views(views, estimator, batch)
+    return t, n, importance, views
 
 
 def check_times(times: object, estimator: Estimator, n: int) -> None:

@@ -116,12 +116,7 @@ def check_estimator(estimator: Estimator, causal: bool, where: str = "") -> None
     Raises:
         UserError: with the reason.
     """
-    timesteps, masking, loss, w = (
-        estimator.timesteps,
-        estimator.masking,
-        estimator.loss,
-        estimator.w,
-    )
+    timesteps, masking, loss, _, w, _ = estimator
     sampler, mask = type(timesteps).__name__, type(masking).__name__
     if timesteps.weighted and loss.normalize == "masked":
         raise UserError(
