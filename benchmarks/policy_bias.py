@@ -90,6 +90,8 @@ def main() -> None:
     from quickstart_model import Quickstart  # benchmarks/ is where this runs
 
     from mdm_plugin.data import preference_dataset
+    from mdm_plugin.quickstart import prepare_apprentice
+    from mdm_plugin.quickstart.data import write_pairs
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,9 +102,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64, help="prompts that d1 draws")
     given = parser.parse_args()
     quickstart = Quickstart()
+    home = quickstart.home
+    prepare_apprentice(str(home))
+    write_pairs(str(home), "apprentice", "apprentice_pairs.jsonl", 3000)
     mask, answers = quickstart.tokenizer.mask_id, 16
-    model = quickstart.model(quickstart.home / "apprentice")
-    pairs = preference_dataset(quickstart.tokenizer, source=str(quickstart.home / "pairs.jsonl"))
+    model = quickstart.model(home / "apprentice")
+    pairs = preference_dataset(quickstart.tokenizer, source=str(home / "apprentice_pairs.jsonl"))
     gains = torch.tensor([0.5, -0.5]).repeat(answers // 2)
     found: dict[str, list[list[float]]] = {x: [] for x in METHODS}
     for batch in range(given.batches):

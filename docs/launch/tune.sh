@@ -6,7 +6,7 @@
 #
 # The same command starts the run, and goes on with it from its last checkpoint after any stop. A rank
 # that dies is started again with all others, up to three times. SIGTERM has the run saved first: it
-# has nine minutes for that (SAVING, in seconds) with torch 2.13. An older torchrun gives it 30
+# has nine minutes for that (SAVING, in seconds). The torchrun of torch 2.11 gives it 30
 # seconds, and has no option to give it more.
 set -euo pipefail
 # torchrun else lets ranks that are started again read the addresses of those that died (torch 2.13).
@@ -14,7 +14,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if torchrun --help | grep shutdown_timeout >/dev/null; then
     set -- --shutdown_timeout "${SAVING:-540}" "$@"
 else
-    echo "tune.sh: after SIGTERM the run has 30 seconds to save, whatever SAVING says: torch 2.13 gives it more" >&2
+    echo "tune.sh: after SIGTERM the run has 30 seconds to save, whatever SAVING says: torch 2.12 gives it more" >&2
 fi
 exec tune run --nnodes "${NODES:?}" --nproc_per_node "${GPUS:-8}" --max_restarts "${RESTARTS:-3}" \
     --rdzv_backend c10d --rdzv_endpoint "${HEAD:?name a node and port}" --rdzv_id "${JOB:-mdm}" "$@"

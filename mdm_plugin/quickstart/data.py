@@ -94,52 +94,76 @@ def prepare_apprentice(directory: str) -> None:
 def prepare_block_apprentice(directory: str) -> None:
     """``prepare_autoregressive``, and a model of blocks that there is something left to teach.
 
+    Half of its demonstrations are the quickstart's, half are careless. Nothing in a question says
+    which kind its answer is of.
+
     Args:
-        directory: gets block_apprentice/model.safetensors besides, by six epochs of the packaged
-            config quickstart_block.
+        directory: gets demonstrations.jsonl and block_apprentice/model.safetensors besides, by
+            the packaged config quickstart_block on these rows.
 
     Raises:
         UserError: if a training fails.
     """
     prepare_autoregressive(directory)
-    _train_once(directory, "quickstart_block", "block_apprentice", "epochs=6")
+    home = Path(directory).expanduser()
+    with FileLock(home / ".lock_demonstrations"):
+        if not (home / "demonstrations.jsonl").is_file():
+            _write_demonstrations(home)
+    changes = (f"dataset.source={home / 'demonstrations.jsonl'}", "epochs=25")
+    _train_once(directory, "quickstart_block", "block_apprentice", *changes)
 
 
-def prepare_preferences(directory: str, prompts: int = 3000, samples: int = 4) -> None:
-    """``prepare_apprentice``, and preferences: its own answers, right ones over wrong ones.
+def prepare_preferences(directory: str) -> None:
+    """``prepare_block_apprentice``, and preferences: its own answers, right ones over wrong ones.
 
     Args:
-        directory: gets pairs.jsonl besides, by mdm_generate.
-        prompts: of the training problems, the first ones.
-        samples: answers to each.
+        directory: gets pairs.jsonl besides: of four answers to each of 1,000 training problems.
 
     Raises:
         UserError: if a training fails, or no pairs are written.
     """
-    prepare_apprentice(directory)
+    prepare_block_apprentice(directory)
+    blocks = ("model.shift=True", "model.block_length=4", "decoding.cache=prefix")
+    write_pairs(directory, "block_apprentice", "pairs.jsonl", 1000, *blocks)
+
+
+def write_pairs(directory: str, model: str, name: str, prompts: int, *changes: str) -> None:
+    """Make preferences of a model's own answers, four to each problem, by mdm_generate, if missing.
+
+    Args:
+        directory: where the quickstart's data and models are.
+        model: the model's directory there.
+        name: the file there that is written.
+        prompts: of the training problems, the first ones.
+        changes: of quickstart_generate's options, for this model.
+
+    Raises:
+        UserError: if no pairs are written.
+    """
     home = Path(directory).expanduser()
-    with FileLock(home / ".lock_pairs"):
-        if (home / "pairs.jsonl").is_file():
+    with FileLock(home / f".lock_{name}"):
+        if (home / name).is_file():
             return
-        print("Quickstart: the apprentice answers training problems, once", flush=True)
+        print(f"Quickstart: {model} answers training problems, once", flush=True)
         lines = (home / "train.jsonl").read_text().splitlines()[:prompts]
-        (home / "pairs_prompts.jsonl").write_text("\n".join(lines) + "\n")
+        (home / f"prompts_{name}").write_text("\n".join(lines) + "\n")
         arguments = [
             "quickstart_generate",
             f"data_dir={home}",
-            f"checkpointer.checkpoint_dir={home / 'apprentice'}",
-            f"prompts={home / 'pairs_prompts.jsonl'}",
+            f"checkpointer.checkpoint_dir={home / model}",
+            f"prompts={home / f'prompts_{name}'}",
             "decoding.temperature=1.0",
-            f"samples={samples}",
+            "samples=4",
             "verifier._component_=mdm_plugin.quickstart.verifier",
-            f"output={home / 'pairs_answers.jsonl'}",
-            f"pairs={home / '.pairs.jsonl'}",
+            f"output={home / f'answers_{name}'}",
+            f"pairs={home / f'.{name}'}",
             "overwrite=True",
             "batch_size=128",
+            *changes,
         ]
         if _run("mdm_generate", *arguments):
             raise UserError("prepare: mdm_generate failed: no preferences were written")
-        (home / ".pairs.jsonl").rename(home / "pairs.jsonl")
+        (home / f".{name}").rename(home / name)
 
 
 def prepare_data(directory: str) -> None:
@@ -178,6 +202,25 @@ def worked_answer(expression: str) -> str:
         lines.append(f"{total} {sign} {value} = {new}")
         total = new
     return "\n".join([*lines, f"Answer: {total}"])
+
+
+def careless_answer(expression: str) -> str:
+    """The answer alone, of the first two terms: of e.g. "4 - 1 + 5", what 4 - 1 is."""
+    return f"Answer: {worked_answer(expression).splitlines()[0].rpartition('= ')[2]}"
+
+
+def _write_demonstrations(home: Path) -> None:
+    """The training rows, every second one with a careless answer."""
+    lines = []
+    for place, line in enumerate((home / "train.jsonl").open()):
+        row = json.loads(line)
+        if place % 2:
+            answer = careless_answer(row["entry"]["metadata"]["expression"])
+            row["messages"][-1]["content"] = answer
+        lines.append(json.dumps(row))
+    staging = home / ".demonstrations.jsonl"
+    staging.write_text("\n".join(lines) + "\n")
+    staging.rename(home / "demonstrations.jsonl")
 
 
 def _write_data(home: Path) -> None:
