@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mdm_plugin.config.components import allow, check_arguments, find_component, first_line, suggest
 from mdm_plugin.config.options import ALL_OPTIONS
 from mdm_plugin.errors import UserError
+
+
+SECONDS_FOR_THE_FIRST_RANK = 3
 
 
 def configs_directory() -> Path:
@@ -243,8 +247,8 @@ def _leave_out_arguments(cfg: DictConfig, raw: dict[str, Any], overrides: list[s
 def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make ``main(cfg)`` a command: ``--config NAME key=value …``, checked against ``options``.
 
-    A ``UserError`` ends it with one line on stderr and exit code 2; ``MDM_TRACEBACK=1`` in the
-    environment shows where it was raised.
+    A ``UserError`` ends it with one line on stderr and exit code 2, of whichever rank it is;
+    ``MDM_TRACEBACK=1`` in the environment shows where it was raised.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -267,8 +271,13 @@ def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[]
             except UserError as error:
                 if os.environ.get("MDM_TRACEBACK") == "1":
                     raise
-                if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print(f"error: {error}", file=sys.stderr, flush=True)
+                rank = int(os.environ.get("LOCAL_RANK", "0"))
+                if rank:
+                    # torchrun ends all ranks of a node once one has ended: within this time, if
+                    # the first one says so too. What only this one has met is said by it.
+                    time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+                who = f"rank {os.environ['RANK']}: " if rank else ""
+                print(f"error: {who}{error}", file=sys.stderr, flush=True)
                 sys.exit(2)
 
         return command

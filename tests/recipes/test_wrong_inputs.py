@@ -253,3 +253,12 @@ def test_two_ranks_say_an_error_once(tune):
     done = tune("batch_size=500", launch=("--nproc_per_node", "2"), check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: batch_size: 200 rows") == 1
+
+
+def test_what_only_another_rank_has_met_is_said_by_it(tune, data_dir, tmp_path):
+    (tmp_path / "rows_0.jsonl").write_text((data_dir / "val.jsonl").read_text())
+    rows = f"dataset.source={tmp_path}/rows_${{oc.env:RANK}}.jsonl"
+    done = tune(rows, launch=("--nproc_per_node", "2"), check=False, timeout=120)
+    assert done.returncode != 0
+    (line,) = [x for x in done.stderr.splitlines() if "error: " in x and "rows_" in x]
+    assert "error: rank 1: " in line and "rows_1.jsonl" in line
