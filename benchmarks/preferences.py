@@ -5,7 +5,7 @@
 The start is quickstart_dpo's: a model half of whose demonstrations were careless, and preferences
 of its own answers. Each seed trains by quickstart_dpo, by more of the fine-tuning that the model
 comes from, and by fine-tuning on the answers alone that the preferences prefer. Each takes as many
-forwards. Learning rates are chosen by the validation questions with a seed that is not used again.
+forwards, or a few more. Learning rates are chosen by the validation questions with a seed that is not used again.
 Right answers are of the 300 held-out questions. To results.json and preferences.png; a run that is
 finished already is not run again. About 20 minutes on 2 cores.
 """
@@ -55,10 +55,11 @@ def command(kind: str, rate: str, seed: int, cfg: Any, run: Path) -> list[str]:
     if kind == "the preferred answers":
         rows = [f"dataset.source={home / 'pairs.jsonl'}", "+dataset.conversation_column=chosen"]
         each = len((home / "pairs.jsonl").read_text().splitlines()) // 64
+    epochs = -(-steps // each)  # as many, or a few more
     return [
         *("mdm_full_finetune", "--config", "quickstart_block", *rows),
-        *(f"checkpointer.checkpoint_dir={home / 'block_apprentice'}", f"epochs={steps // each}"),
-        *(f"max_steps_per_epoch={each}", f"run_val_every_n_steps={steps // each * each}"),
+        *(f"checkpointer.checkpoint_dir={home / 'block_apprentice'}", f"epochs={epochs}"),
+        *(f"max_steps_per_epoch={each}", f"run_val_every_n_steps={epochs * each}"),
         *("save_every_n_epochs=1000", "keep_last_n=1", *common),
     ]
 

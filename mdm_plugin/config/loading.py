@@ -23,7 +23,6 @@ from mdm_plugin.config.components import allow, check_arguments, find_component,
 from mdm_plugin.config.options import ALL_OPTIONS
 from mdm_plugin.errors import UserError
 
-
 SECONDS_FOR_THE_FIRST_RANK = 3
 
 
