@@ -4,10 +4,10 @@
 
 The start is quickstart_dpo's: a model half of whose demonstrations were careless, and preferences
 of its own answers. Each seed trains by quickstart_dpo, by more of the fine-tuning that the model
-comes from, and by fine-tuning on the answers alone that the preferences prefer. Each takes as many
-forwards, or a few more. Learning rates are chosen by the validation questions with a seed that is not used again.
-Right answers are of the 300 held-out questions. To results.json and preferences.png; a run that is
-finished already is not run again. About 20 minutes on 2 cores.
+comes from, and by fine-tuning on the answers alone that the preferences prefer, for as many
+forwards or a few more. Learning rates are chosen by the validation questions with a seed that is
+not used again. Right answers are of the 300 held-out questions. To results.json and
+preferences.png; a run that is finished already is not run again. About 20 minutes on 2 cores.
 """
 
 import argparse
