@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -91,10 +92,11 @@ def chosen(name: str, output: Path) -> str:
 
 
 def reached(curve: list[float], each: int) -> int | None:
-    """Forwards to GOAL, which the curve does not fall below again at the next validation."""
-    pairs = zip(curve, [*curve[1:], curve[-1]], strict=True)
-    place = next((i for i, x in enumerate(pairs) if min(x) >= GOAL), None)
-    return None if place is None else place * EVERY * each
+    """Forwards to GOAL, on straight lines between the validations."""
+    for i, (before, after) in enumerate(pairwise(curve)):
+        if before < GOAL <= after:
+            return round((i + (GOAL - before) / (after - before)) * EVERY * each)
+    return None
 
 
 def main() -> None:

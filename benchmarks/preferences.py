@@ -53,7 +53,7 @@ def command(kind: str, rate: str, seed: int, cfg: Any, run: Path) -> list[str]:
     steps = forwards(cfg) // STEP
     rows, each = [f"dataset.source={home / 'demonstrations.jsonl'}"], 46
     if kind == "the preferred answers":
-        rows = [f"dataset.source={home / 'pairs.jsonl'}", "+dataset.conversation_column=chosen"]
+        rows = [f"dataset.source={home / 'pairs.jsonl'}", "dataset.conversation_column=chosen"]
         each = len((home / "pairs.jsonl").read_text().splitlines()) // 64
     epochs = -(-steps // each)  # as many, or a few more
     return [
