@@ -91,6 +91,8 @@ FIRST = {
 SECOND = {
     "standard_2": FIRST["standard"],
     "count_2": FIRST["count"],
+    "ppots_2": FIRST["ppots"],
+    "stream": Method("P-POTS from the stream", "one view", 32, 1, _sampler("ParetoStream")),
     "widening": Method("FixedCount, widening (.5, 1)", "one view, window", 32, 1, _WIDENING),
     "standard_muon": Method("Standard, Muon", "Muon", 32, 1, _MUON),
     "window_muon": Method(
