@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from quickstart_model import right_answers
 
 from mdm_plugin.config.loading import load_config
 from mdm_plugin.config.options import GRPOOptions
@@ -79,10 +79,7 @@ def run(name: str, rate: str, seed: int, output: Path) -> list[float]:
     print(f"{name}, {rate}, seed {seed}", flush=True)
     with (output / f"{place.name}.log").open("w") as log:
         subprocess.run([str(tune), "run", *command], check=True, stdout=log, stderr=log)
-    events = EventAccumulator(str(next((place / "tensorboard").rglob("events.*")).parent))
-    events.Reload()
-    found = {x.step: x.tensor_proto.float_val[0] for x in events.Tensors("val/exact_match")}
-    result.write_text(json.dumps([found[x] for x in sorted(found)]))
+    result.write_text(json.dumps(right_answers(place)))
     return json.loads(result.read_text())
 
 

@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from quickstart_model import right_answers
 
 from mdm_plugin.config.loading import load_config
 from mdm_plugin.config.options import DPOOptions
@@ -71,9 +71,7 @@ def run(kind: str, rate: str, seed: int, cfg: Any, output: Path) -> dict[str, fl
     if not result.is_file():
         tune = Path(sys.executable).with_name("tune")
         subprocess.run([str(tune), "run", *command(kind, rate, seed, cfg, place)], check=True)
-        events = EventAccumulator(str(next((place / "tensorboard").rglob("events.*")).parent))
-        events.Reload()
-        right = [x.tensor_proto.float_val[0] for x in events.Tensors("val/exact_match")]
+        right = right_answers(place)
         result.write_text(json.dumps({"start": right[0], "end": right[-1]}))
     return json.loads(result.read_text())
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mdm_plugin.checkpoint.checkpointer import Checkpointer
 from mdm_plugin.checkpoint.weights import Weights
@@ -43,3 +44,11 @@ class Quickstart:
 def last_checkpoint(run: Path) -> Path:
     """The newest whole checkpoint of a run."""
     return Checkpointer(str(run)).steps()[-1]
+
+
+def right_answers(run: Path) -> list[float]:
+    """The share of right answers at each of a run's validations, in their order."""
+    events = EventAccumulator(str(next((run / "tensorboard").rglob("events.*")).parent))
+    events.Reload()
+    found = {x.step: x.tensor_proto.float_val[0] for x in events.Tensors("val/exact_match")}
+    return [found[step] for step in sorted(found)]
