@@ -6,8 +6,8 @@ Every run is quickstart_grpo's with another estimate, half of its prompts and on
 step's answers. An estimate's learning rate is the one whose run of the seed for tuning has most
 right answers to the validation questions, in the mean over its validations. Three more seeds follow
 at that rate. To results.json and estimates.png; a run that is finished already is not run again.
-``--part 1/2`` runs every second one of the tuning's runs and of the seeds' alone, so that two
-processes share them. About 2 hours of one core.
+``--part 1 2`` runs every second estimate alone, ``--part 2 2`` the others, so that two processes
+share them. About an hour of one core.
 
 A forward is one of one answer. A draw takes three: for its bound, for the gradient, and backwards.
 What sampling takes is the same for all, and not counted.
@@ -27,7 +27,7 @@ from quickstart_model import right_answers
 
 from mdm_plugin.config.loading import load_config
 from mdm_plugin.config.options import GRPOOptions
-from mdm_plugin.quickstart import prepare_block_apprentice
+from mdm_plugin.quickstart import prepare_two_ways
 
 SEEDS, TUNED = (0, 1, 2), 9
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4", "8e-4")
@@ -70,7 +70,7 @@ def run(name: str, rate: str, seed: int, output: Path) -> list[float]:
     command = [
         *("mdm_grpo", "--config", "quickstart_grpo", f"output_dir={place}", f"seed={seed}"),
         *(f"optimizer.lr={rate}", f"batch_size={PROMPTS}", f"max_steps_per_epoch={STEPS}"),
-        *("updates=1", "share_noise=False", f"run_val_every_n_steps={EVERY}"),
+        *("updates=1", f"run_val_every_n_steps={EVERY}"),
         *("save_every_n_steps=null", f"draws={method.draws}", f"loss.ratio={method.ratio}"),
         f"timesteps=mdm_plugin.{method.timesteps}",
         f"masking=mdm_plugin.{method.masking}",
@@ -100,21 +100,23 @@ def main() -> None:
     """Run what is missing, and report."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--part", help="such as 1/2: these runs alone, and no report")
+    parser.add_argument(
+        "--part", type=int, nargs=2, metavar=("I", "N"), help="the Ith of N parts, and no report"
+    )
     args = parser.parse_args()
     output: Path = args.output
     cfg = load_config("quickstart_grpo", [], GRPOOptions)
-    prepare_block_apprentice(cfg.tokenizer.path)
+    prepare_two_ways(cfg.tokenizer.path)
     output.mkdir(parents=True, exist_ok=True)
-    part, parts = map(int, args.part.split("/")) if args.part else (1, 1)
-    for i, name in enumerate(METHODS):
-        if i % parts == part - 1:
-            rate = chosen(name, output)
-            for seed in SEEDS:
-                run(name, rate, seed, output)
-    if args.part:
-        return
-    report(output, cfg)
+    part, parts = args.part or (1, 1)
+    if not 1 <= part <= parts:
+        parser.error(f"--part {part} {parts}: there is no such part")
+    for name in list(METHODS)[part - 1 :: parts]:
+        rate = chosen(name, output)
+        for seed in SEEDS:
+            run(name, rate, seed, output)
+    if not args.part:
+        report(output, cfg)
 
 
 def report(output: Path, cfg: Any) -> None:

@@ -53,12 +53,15 @@ def command(kind: str, rate: str, seed: int, cfg: Any, run: Path) -> list[str]:
     steps = forwards(cfg) // STEP
     rows, each = [f"dataset.source={home / 'demonstrations.jsonl'}"], 46
     if kind == "the preferred answers":
-        rows = [f"dataset.source={home / 'pairs.jsonl'}", "dataset.conversation_column=chosen"]
-        each = len((home / "pairs.jsonl").read_text().splitlines()) // 64
+        rows = [
+            f"dataset.source={home / 'two_ways_pairs.jsonl'}",
+            "dataset.conversation_column=chosen",
+        ]
+        each = len((home / "two_ways_pairs.jsonl").read_text().splitlines()) // 64
     epochs = -(-steps // each)  # as many, or a few more
     return [
         *("mdm_full_finetune", "--config", "quickstart_block", *rows),
-        *(f"checkpointer.checkpoint_dir={home / 'block_apprentice'}", f"epochs={epochs}"),
+        *(f"checkpointer.checkpoint_dir={home / 'two_ways'}", f"epochs={epochs}"),
         *(f"max_steps_per_epoch={each}", f"run_val_every_n_steps={epochs * each}"),
         *("save_every_n_epochs=1000", "keep_last_n=1", *common),
     ]
@@ -107,7 +110,7 @@ def main() -> None:
     axes.axhline(start, color="grey", linestyle="--", label="the start")
     axes.set(xticks=range(len(RATES)), xticklabels=list(RATES), ylim=(0, 100))
     axes.set(ylabel="right answers, %")
-    axes.set_title(f"{results['forwards']:,} forwards of each, three seeds", fontsize=10)
+    axes.set_title(f"{results['forwards']:,} forwards or a few more, three seeds", fontsize=10)
     axes.legend()
     figure.savefig(output / "preferences.png", dpi=120)
 

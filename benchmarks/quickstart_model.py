@@ -48,7 +48,8 @@ def last_checkpoint(run: Path) -> Path:
 
 def right_answers(run: Path) -> list[float]:
     """The share of right answers at each of a run's validations, in their order."""
-    events = EventAccumulator(str(next((run / "tensorboard").rglob("events.*")).parent))
+    place = next((run / "tensorboard").rglob("events.*")).parent
+    events = EventAccumulator(str(place), size_guidance={"tensors": 0})  # all of them
     events.Reload()
     found = {x.step: x.tensor_proto.float_val[0] for x in events.Tensors("val/exact_match")}
     return [found[step] for step in sorted(found)]

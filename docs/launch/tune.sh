@@ -11,7 +11,8 @@
 set -euo pipefail
 # torchrun else lets ranks that are started again read the addresses of those that died (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-if torchrun --help | grep shutdown_timeout >/dev/null; then
+options=$(torchrun --help)
+if [[ $options == *shutdown_timeout* ]]; then
     set -- --shutdown_timeout "${SAVING:-540}" "$@"
 else
     echo "tune.sh: after SIGTERM the run has 30 seconds to save, whatever SAVING says: torch 2.12 gives it more" >&2

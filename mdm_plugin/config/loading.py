@@ -270,12 +270,13 @@ def parse(options: type) -> Callable[[Callable[[DictConfig], None]], Callable[[]
             except UserError as error:
                 if os.environ.get("MDM_TRACEBACK") == "1":
                     raise
-                rank = int(os.environ.get("LOCAL_RANK", "0"))
-                if rank:
+                local = os.environ.get("LOCAL_RANK", "0")
+                rank = os.environ.get("RANK", local)
+                if local != "0":
                     # torchrun ends all ranks of a node once one has ended: within this time, if
                     # the first one says so too. What only this one has met is said by it.
                     time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-                who = f"rank {os.environ['RANK']}: " if rank else ""
+                who = "" if rank == "0" else f"rank {rank}: "
                 print(f"error: {who}{error}", file=sys.stderr, flush=True)
                 sys.exit(2)
 

@@ -7,9 +7,9 @@ from mdm_plugin.quickstart.data import (
     prepare,
     prepare_apprentice,
     prepare_autoregressive,
-    prepare_block_apprentice,
     prepare_data,
     prepare_preferences,
+    prepare_two_ways,
     verifier,
 )
 
@@ -17,8 +17,8 @@ __all__ = [
     "prepare",
     "prepare_apprentice",
     "prepare_autoregressive",
-    "prepare_block_apprentice",
     "prepare_data",
     "prepare_preferences",
+    "prepare_two_ways",
     "verifier",
 ]

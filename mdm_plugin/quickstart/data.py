@@ -91,15 +91,15 @@ def prepare_apprentice(directory: str) -> None:
     _train_once(directory, "quickstart", "apprentice", "objective=null")
 
 
-def prepare_block_apprentice(directory: str) -> None:
-    """``prepare_autoregressive``, and a model of blocks that there is something left to teach.
+def prepare_two_ways(directory: str) -> None:
+    """``prepare_autoregressive``, and a model of blocks that answers in two ways.
 
     Half of its demonstrations are the quickstart's, half are careless. Nothing in a question says
     which kind its answer is of.
 
     Args:
-        directory: gets demonstrations.jsonl and block_apprentice/model.safetensors besides, by
-            the packaged config quickstart_block on these rows.
+        directory: gets demonstrations.jsonl and two_ways/model.safetensors besides, by the
+            packaged config quickstart_block on these rows.
 
     Raises:
         UserError: if a training fails.
@@ -110,21 +110,21 @@ def prepare_block_apprentice(directory: str) -> None:
         if not (home / "demonstrations.jsonl").is_file():
             _write_demonstrations(home)
     changes = (f"dataset.source={home / 'demonstrations.jsonl'}", "epochs=25")
-    _train_once(directory, "quickstart_block", "block_apprentice", *changes)
+    _train_once(directory, "quickstart_block", "two_ways", *changes)
 
 
 def prepare_preferences(directory: str) -> None:
-    """``prepare_block_apprentice``, and preferences: its own answers, right ones over wrong ones.
+    """``prepare_two_ways``, and preferences: its own answers, right ones over wrong ones.
 
     Args:
-        directory: gets pairs.jsonl besides: of four answers to each of 1,000 training problems.
+        directory: gets two_ways_pairs.jsonl besides: of four answers to each of 1,000 problems.
 
     Raises:
         UserError: if a training fails, or no pairs are written.
     """
-    prepare_block_apprentice(directory)
+    prepare_two_ways(directory)
     blocks = ("model.shift=True", "model.block_length=4", "decoding.cache=prefix")
-    write_pairs(directory, "block_apprentice", "pairs.jsonl", 1000, *blocks)
+    write_pairs(directory, "two_ways", "two_ways_pairs.jsonl", 1000, *blocks)
 
 
 def write_pairs(directory: str, model: str, name: str, prompts: int, *changes: str) -> None:
