@@ -14,6 +14,8 @@ CUT = (
     *("model.num_layers=2", "model.num_heads=2", "model.embed_dim=32"),
     *("model.intermediate_dim=64", "model.max_seq_len=96"),
     *("policy.prompts={data}/val.jsonl", "policy.group_size=4", "policy.max_new_tokens=8"),
+    *("model.shift=False", "model.block_length=null", "policy.decoding.cache=null"),
+    *("policy.sampler._component_=mdm_plugin.generation.Remasking", "~policy.sampler.threshold"),
     *("policy.decoding.steps=4", "policy.repeats=2"),
     *(f"{REWARDS}._component_=mdm_plugin.alignment.rewards.brevity", f"~{REWARDS}.verifier"),
     *(f"{REWARDS}.characters=40",),
