@@ -51,16 +51,13 @@ def command(kind: str, rate: str, seed: int, cfg: Any, run: Path) -> list[str]:
     if kind == "preferences":
         return ["mdm_dpo", "--config", "quickstart_dpo", "run_val_every_n_steps=72", *common]
     steps = forwards(cfg) // STEP
-    rows, each = [f"dataset.source={home / 'demonstrations.jsonl'}"], 46
+    file, column = home / "demonstrations.jsonl", []
     if kind == "the preferred answers":
-        rows = [
-            f"dataset.source={home / 'two_ways_pairs.jsonl'}",
-            "dataset.conversation_column=chosen",
-        ]
-        each = len((home / "two_ways_pairs.jsonl").read_text().splitlines()) // 64
+        file, column = home / "two_ways_pairs.jsonl", ["dataset.conversation_column=chosen"]
+    each = len(file.read_text().splitlines()) // 64
     epochs = -(-steps // each)  # as many, or a few more
     return [
-        *("mdm_full_finetune", "--config", "quickstart_block", *rows),
+        *("mdm_full_finetune", "--config", "quickstart_block", f"dataset.source={file}", *column),
         *(f"checkpointer.checkpoint_dir={home / 'two_ways'}", f"epochs={epochs}"),
         *(f"max_steps_per_epoch={each}", f"run_val_every_n_steps={epochs * each}"),
         *("save_every_n_epochs=1000", "keep_last_n=1", *common),
