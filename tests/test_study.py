@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks.study import report
 from benchmarks.study.methods import (
-    CAUSE_TASKS,
     CAUSES,
     METHODS,
     RATES,
@@ -76,7 +75,7 @@ def test_methods_take_as_many_steps_and_their_own_forwards():
 def test_a_cause_is_one_change():
     assert not set(CAUSES) & set(METHODS)
     for name, cause in CAUSES.items():
-        for task in CAUSE_TASKS:
+        for task in cause.tasks:
             given, like = (as_dict(overrides(method, task)) for method in (name, cause.like))
             changed = {key for key in given if given[key] != like.get(key)}
             assert bool(changed) != bool(cause.rate)

@@ -32,6 +32,7 @@ from benchmarks.study.runs import (
     missing,
     pretrain,
     read,
+    tried,
     tuning,
     variance,
 )
@@ -63,6 +64,7 @@ def run_all(home: Path, results: Path, given: argparse.Namespace) -> None:
             print(f"{name}: sha256 {digest(file)}")
     # Each stage needs the one before: the study's learning rates are those that tuning found.
     _run(tuning(tasks, methods), "Tuning", home, results, given.workers)
+    _run(tried(results, tasks, methods), "Momenta", home, results, given.workers)
     variances = [
         (variance, (task, best_rate(results, task, "one view"), home, results))
         for task in tasks

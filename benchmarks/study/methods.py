@@ -51,6 +51,9 @@ _CLIPPED = _sampler("Stratified") + _objective("Window", low=0.3, high=0.8)
 _WINDOW = _COUNTS + _objective("Window", low=0.4, high=1.0)
 _WIDENING = _COUNTS + _objective("Widening", low=0.5, high=1.0)
 _MUON = ("optimizer._component_=mdm_plugin.training.Muon", "~optimizer.fused")
+# Averages over fewer steps than the usual 0.95 of Muon's momentum and 0.9 of AdamW's first beta.
+_MUON_80 = (*_MUON, "optimizer.momentum=0.8")
+_BETA_60 = ("optimizer.betas=[0.6,0.98]",)
 _EMA = ("ema._component_=mdm_plugin.training.EMA", "ema.decay=0.99")
 CAUSAL = ("model.causal=True", *_sampler("Uniform"), *_mask("NextToken"))
 
@@ -107,6 +110,20 @@ SECOND = {
         _WINDOW + _MUON,
     ),
     "autoregressive_2": FIRST["autoregressive"],
+    "widening_60": Method(
+        "FixedCount, widening (.5, 1), β₁ 0.6", "window, β₁ 0.6", 32, 1, _WIDENING + _BETA_60
+    ),
+    "standard_muon_80": Method("Standard, Muon 0.8", "Muon 0.8", 32, 1, _MUON_80),
+    "window_muon_80": Method(
+        "FixedCount, window (.4, 1), Muon 0.8", "Muon 0.8, window", 32, 1, _WINDOW + _MUON_80
+    ),
+    "window_muon_64_80": Method(
+        "FixedCount, window (.4, 1), Muon 0.8, twice the rows",
+        "Muon 0.8, window",
+        64,
+        1,
+        _WINDOW + _MUON_80,
+    ),
 }
 METHODS = {**FIRST, **SECOND}
 # A family's learning rate is tuned on one of its methods, with a seed that the study does not use.
@@ -120,9 +137,24 @@ TUNED_ON = {
     "one view, window": "widening",
     "Muon": "standard_muon",
     "Muon, window": "window_muon",
+    "window, β₁ 0.6": "widening_60",
+    "Muon 0.8": "standard_muon_80",
+    "Muon 0.8, window": "window_muon_80",
 }
 RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
 TUNING_SEEDS = (1,)
+# How much an optimizer averages over steps was chosen as the rates were: on validation rows, at the
+# rate of the family. A method that stands for itself has been tuned at that rate already.
+MOMENTA = {
+    "widening_60": {"0.9": "widening", "0.8": "widening_80", "0.6": "widening_60"},
+    "standard_muon_80": {"0.95": "standard_muon", "0.8": "standard_muon_80"},
+    "window_muon_80": {
+        "0.95": "window_muon",
+        "0.9": "window_muon_90",
+        "0.8": "window_muon_80",
+        "0.7": "window_muon_70",
+    },
+}
 SEEDS = (42, 731, 20231, 5, 77)
 
 
@@ -133,12 +165,14 @@ class Cause(NamedTuple):
     change: in words.
     method: with the change.
     rate: the learning rate; None for that of the method's family.
+    tasks: on which.
     """
 
     like: str
     change: str
     method: Method
     rate: str | None = None
+    tasks: tuple[str, ...] = ("chain", "sudoku")
 
 
 def _changed(
@@ -149,6 +183,11 @@ def _changed(
     return Cause(like, change, method._replace(overrides=given, budget=budget), rate)
 
 
+def _stopped(share: str, budget: float, *tasks: str) -> Cause:
+    change = _changed("autoregressive_2", f"{share} of the steps", budget=budget)
+    return change._replace(tasks=tasks)
+
+
 def _stratified(like: str, mask: str) -> Cause:
     method = METHODS[like]._replace(overrides=_sampler("Stratified") + _mask(mask))
     return Cause(like, "Stratified in place of P-POTS", method)
@@ -156,7 +195,6 @@ def _stratified(like: str, mask: str) -> Cause:
 
 _REFIT = ("a probe every 80 steps", "timesteps.refit_every_n_steps=80")
 _ORDERED = ("the same rows in the same order for all seeds (no C)", "shuffle=False")
-CAUSE_TASKS = ("chain", "sudoku")
 CAUSES = {
     "autoregressive_short": _changed("autoregressive", "an eighth of the steps", budget=1 / 8),
     "standard_ordered": _changed("standard", *_ORDERED),
@@ -173,11 +211,26 @@ CAUSES = {
     "count_pareto_refit": _changed("count_pareto", *_REFIT),
     "count_64": _stratified("count_pareto_64", "FixedCount"),
     "complement": _stratified("complement_pareto", "Complement"),
+    "autoregressive_quarter": _stopped("a quarter", 1 / 4, "chain", "legs"),
+    "autoregressive_half": _stopped("a half", 1 / 2, "chain", "legs"),
+}
+
+
+def _of_momentum(like: str, *overrides: str) -> Method:
+    return METHODS[like]._replace(overrides=METHODS[like].overrides + overrides)
+
+
+TRIED = {
+    "widening_80": _of_momentum("widening", "optimizer.betas=[0.8,0.98]"),
+    "window_muon_90": _of_momentum("window_muon", "optimizer.momentum=0.9"),
+    "window_muon_70": _of_momentum("window_muon", "optimizer.momentum=0.7"),
 }
 
 
 def find(method: str) -> Method:
-    """By its name, in METHODS or CAUSES."""
+    """By its name, in METHODS, CAUSES or TRIED."""
+    if method in TRIED:
+        return TRIED[method]
     return METHODS[method] if method in METHODS else CAUSES[method].method
 
 

@@ -20,6 +20,7 @@ from benchmarks.study.methods import (
     CAUSES,
     FIRST,
     METHODS,
+    MOMENTA,
     RATES,
     SECOND,
     TUNED_ON,
@@ -249,6 +250,23 @@ def table_of_tuning(results: Path, methods: Mapping[str, Method]) -> list[str]:
     return lines
 
 
+def table_of_momenta(results: Path) -> list[str]:
+    """Mean validation accuracy by momentum, at the rate of the family."""
+    lines = ["| method | momentum | " + " | ".join(SETTINGS) + " |", "|---|---|---|---|---|"]
+    for chosen, momenta in MOMENTA.items():
+        for momentum, name in momenta.items():
+            cells = []
+            for task in SETTINGS:
+                rate = best_rate(results, task, METHODS[chosen].family)
+                runs = [Run(task, name, seed, rate, "val") for seed in TUNING_SEEDS]
+                found = [x for run in runs if (x := read(run.file(results)))]
+                shown = f"{mean(100 * x['accuracy'] for x in found):.1f}" if found else "–"
+                cells.append(f"**{shown}**" if name == chosen else shown)
+            if any(x.strip("*") != "–" for x in cells):
+                lines.append(f"| {METHODS[chosen].label} | {momentum} | {' | '.join(cells)} |")
+    return lines
+
+
 def variances(results: Path) -> dict[str, dict[str, dict[str, float]]]:
     """By task and method, the variance of a step's gradient at equal rows, with its interval."""
     files = {task: results / "variance" / f"{task}.json" for task in SETTINGS}
@@ -272,15 +290,16 @@ def table_of_variance(results: Path) -> list[str]:
     return lines
 
 
-def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
-    """Each method with one thing changed, beside the method it is like, over common seeds."""
+def table_of_causes(runs: dict[tuple[str, str], Runs], methods: Mapping[str, Method]) -> list[str]:
+    """Each of some methods with one thing changed, beside the method it is like, over common
+    seeds."""
     lines = [
         "| method, and what was changed | task | as in the study | changed | difference, points | "
         "nats per token |",
         "|---|---|---|---|---|---|",
     ]
     for name, cause in CAUSES.items():
-        for task in SETTINGS:
+        for task in SETTINGS if cause.like in methods else ():
             if (task, name) not in runs or (task, cause.like) not in runs:
                 continue
             before, after = runs[task, cause.like], runs[task, name]
@@ -405,7 +424,8 @@ def spreads(runs: dict[tuple[str, str], Runs]) -> list[str]:
 
 def objective_sections(results: Path) -> str:
     """The generated part of docs/objectives.md."""
-    runs = {key: x for key, x in load(results).items() if key[1] in SECOND}
+    second = {*SECOND, *(name for name, cause in CAUSES.items() if cause.like in SECOND)}
+    runs = {key: x for key, x in load(results).items() if key[1] in second}
     total = sum(len(x.by_seed) for x in runs.values())
     seconds = sum(x["seconds"] for r in runs.values() for x in r.by_seed.values())
     parts = [f"{total} runs are stored, {seconds / 3600:.1f} hours of one core."]
@@ -419,12 +439,23 @@ def objective_sections(results: Path) -> str:
             table_of_differences(runs, "standard_2", SECOND),
             table_of_differences(runs, "standard_64_2", SECOND),
             table_of_differences(runs, "standard_muon", SECOND),
+            table_of_differences(runs, "standard_muon_80", SECOND),
         ),
-        ("**Spread over seeds**, where 80 % or more are right.", spreads(runs)),
+        (
+            "**Spread over seeds**, where 80 % or more are right; and the autoregressive model's, "
+            "stopped where it is at its ceiling no more.",
+            spreads(runs),
+            table_of_causes(runs, SECOND),
+        ),
         (
             "**Learning rates**: right answers on 300 validation rows, with a seed that the study "
             "does not use; bold is what the family uses.",
             table_of_tuning(results, SECOND),
+        ),
+        (
+            "**Momenta**: right answers on the same rows with the same seed, at the rate of the "
+            "family; bold is what was taken.",
+            table_of_momenta(results),
         ),
     ):
         filled = ["\n".join(table) for table in tables if len(table) > 2]
@@ -434,7 +465,8 @@ def objective_sections(results: Path) -> str:
 
 def sections(results: Path) -> str:
     """The generated part of docs/study.md."""
-    runs = {key: x for key, x in load(results).items() if key[1] not in SECOND}
+    first = {*FIRST, *(name for name, cause in CAUSES.items() if cause.like in FIRST)}
+    runs = {key: x for key, x in load(results).items() if key[1] in first}
     if not runs:
         tuned = len(list((results / "tuning").rglob("*.json")))
         return f"No run is stored yet (of the tuning of learning rates: {tuned})."
@@ -459,7 +491,7 @@ def sections(results: Path) -> str:
         (
             "**Why**: one thing changed at a time (mean ± standard deviation over seeds; 95 % "
             "intervals).",
-            table_of_causes(runs),
+            table_of_causes(runs, FIRST),
         ),
         (
             "**Variance of the gradient** halfway through Standard's training, Standard = 1: at "

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from benchmarks.study.methods import (
     CAUSAL,
-    CAUSE_TASKS,
     CAUSES,
     METHODS,
+    MOMENTA,
     RATES,
     SEEDS,
     STEPS,
@@ -113,6 +113,18 @@ def best_rate(results: Path, task: str, family: str) -> str:
     return max(RATES, key=lambda rate: accuracy[rate])
 
 
+def tried(results: Path, tasks: Iterable[str], methods: Iterable[str]) -> list[Run]:
+    """The runs that momenta are chosen by, each at the rate of the family that was chosen."""
+    return [
+        Run(task, name, seed, best_rate(results, task, METHODS[chosen].family), "val")
+        for chosen, momenta in MOMENTA.items()
+        if chosen in methods
+        for name in momenta.values()
+        for seed in TUNING_SEEDS
+        for task in tasks
+    ]
+
+
 def final(results: Path, tasks: Iterable[str], methods: Iterable[str], seeds: int) -> list[Run]:
     """The runs of the study, the first seed of every method first."""
     return [
@@ -130,7 +142,7 @@ def causes(results: Path, tasks: Iterable[str], methods: Iterable[str], seeds: i
         for seed in SEEDS[:seeds]
         for name, cause in CAUSES.items()
         if cause.like in methods
-        for task in CAUSE_TASKS
+        for task in cause.tasks
         if task in tasks
     ]
 
