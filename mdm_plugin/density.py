@@ -28,8 +28,8 @@ class Density:
     """
 
     def __init__(self, knots: Tensor, values: Tensor) -> None:
-        # In numpy: a sampler that learns makes a density each step, of some twenty numbers, and torch
-        # takes three times as long for each operation.
+        # In numpy: a sampler that learns makes a density of some twenty numbers each step, and an
+        # operation on so few takes torch three times as long.
         knots, values = knots.double(), values.double()
         at, value = knots.numpy(), values.numpy()
         widths = at[1:] - at[:-1]

@@ -11,6 +11,7 @@ from benchmarks.study import report
 from benchmarks.study.methods import (
     CAUSES,
     METHODS,
+    MOMENTA,
     RATES,
     SEEDS,
     STEPS,
@@ -18,7 +19,7 @@ from benchmarks.study.methods import (
     TUNING_SEEDS,
     overrides,
 )
-from benchmarks.study.runs import HERE, Run, best_rate, causes, final, tuning
+from benchmarks.study.runs import HERE, Run, best_rate, causes, final, tried, tuning
 from benchmarks.study.tasks import LONGEST, SETTINGS, SIZES, prepare, verifier
 from mdm_plugin.data import chat_dataset
 from mdm_plugin.models import ChatTokenizer
@@ -87,6 +88,20 @@ def test_a_cause_is_one_change():
             assert len(changed - {"max_steps_per_epoch"}) <= 1
 
 
+def test_what_was_tried_is_another_momentum_and_nothing_else():
+    for chosen, momenta in MOMENTA.items():
+        assert chosen in momenta.values() and METHODS[chosen].family in TUNED_ON
+        own = as_dict(overrides(chosen, "legs"))
+        for momentum, name in momenta.items():
+            given = as_dict(overrides(name, "legs"))
+            keys = {key for key in own.keys() | given.keys() if own.get(key) != given.get(key)}
+            assert keys <= {"optimizer.momentum", "optimizer.betas"} and bool(keys) == (
+                name != chosen
+            )
+            stated = given.get("optimizer.betas", given.get("optimizer.momentum"))
+            assert stated is None or momentum in stated
+
+
 def store(results, run, accuracy, rows=500, seed=0):
     dice = random.Random(f"{run} {seed}")
     correct = [int(dice.random() < accuracy) for _ in range(rows)]
@@ -108,11 +123,15 @@ def results(tmp_path):
     """A study with known accuracies: count_pareto is the best."""
     for run in tuning(SETTINGS, METHODS):
         store(tmp_path, run, 0.6 if run.rate == "4e-3" else 0.3, 300)
+    for run in tried(tmp_path, SETTINGS, METHODS):
+        assert run.rate == "4e-3" and run.split == "val"
+        store(tmp_path, run, 0.6, 300)
     for run in final(tmp_path, SETTINGS, METHODS, len(SEEDS)):
         assert run.rate == "4e-3"
         store(tmp_path, run, 0.7 if run.method == "count_pareto" else 0.4)
     for run in causes(tmp_path, SETTINGS, METHODS, len(SEEDS)):
-        store(tmp_path, run, 0.9 if run.method == "ppots_mirror_long" else 0.4)
+        better = run.method in ("ppots_mirror_long", "autoregressive_quarter")
+        store(tmp_path, run, 0.9 if better else 0.4)
     return tmp_path
 
 
@@ -146,8 +165,16 @@ def test_the_report_is_the_same_bytes_and_finds_what_is_there(results, tmp_path,
     assert "Muon" not in texts[0].split(report.MARKERS[0])[1]  # the second part has its own page
     table = second.split(report.MARKERS[0])[1]
     assert "| FixedCount, window (.4, 1), Muon | 32 | " in table and "| MIRROR |" not in table
-    found = [x for x in texts[0].splitlines() if "twice the steps | chain" in x]
-    assert len(found) == 1 and abs(float(found[0].split("|")[5].split()[0]) - 50) < 5
+    for text, change in (
+        (texts[0], "twice the steps | chain"),
+        (second, "a quarter of the steps |"),
+    ):
+        found = [x for x in text.splitlines() if change in x]
+        assert len(found) == (1 if text is texts[0] else 2)
+        assert all(abs(float(x.split("|")[5].split()[0]) - 50) < 5 for x in found)
+    assert "a quarter of the steps" not in texts[0]
+    (line,) = [x for x in table.splitlines() if "| 0.7 |" in x]
+    assert line.startswith("| FixedCount, window (.4, 1), Muon 0.8 | 0.7 | ")
 
 
 def test_sign_flip_is_exact_and_holm_corrects():
