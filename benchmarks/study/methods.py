@@ -193,6 +193,11 @@ def _stratified(like: str, mask: str) -> Cause:
     return Cause(like, "Stratified in place of P-POTS", method)
 
 
+def _from(edge: str, low: float) -> Cause:
+    change = _changed("window_muon_80", f"from {edge}", f"objective.low={low}")
+    return change._replace(tasks=tuple(STEPS))
+
+
 _REFIT = ("a probe every 80 steps", "timesteps.refit_every_n_steps=80")
 _ORDERED = ("the same rows in the same order for all seeds (no C)", "shuffle=False")
 CAUSES = {
@@ -213,6 +218,8 @@ CAUSES = {
     "complement": _stratified("complement_pareto", "Complement"),
     "autoregressive_quarter": _stopped("a quarter", 1 / 4, "chain", "legs"),
     "autoregressive_half": _stopped("a half", 1 / 2, "chain", "legs"),
+    "elbo_muon_80": _from("0, which is the ELBO", 0.0),
+    "window_15_muon_80": _from("0.15", 0.15),
 }
 
 

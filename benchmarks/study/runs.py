@@ -53,6 +53,12 @@ from mdm_plugin.training.step import backward, forward_loss, global_normalizer
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
+# Ways to write more than a token in a forward, beside one a step: overrides of evaluate.yaml.
+PARALLEL = {
+    "two": ("decoding.steps=HALF",),
+    "threshold": ("sampler._component_=mdm_plugin.generation.Threshold",),  # of 0.9
+    "stable": ("sampler._component_=mdm_plugin.generation.Stable", "~sampler.order"),
+}
 PRETRAINED: dict[str, list[str]] = {"pretrained": [], "autoregressive": [*CAUSAL]}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -192,6 +198,7 @@ def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> N
             (json.loads(x) for x in (work / "eval" / "exact_match.0.jsonl").open()),
             key=lambda x: x["index"],
         )
+        parallel = {} if causal or run.split == "val" else in_fewer_forwards(asked, work, run.task)
         measured = json.loads((work / "eval" / "results.json").read_text())["tasks"]
         config = load_config(str(file), given, Options)
         rows = home / run.task / f"{run.split}.jsonl"
@@ -201,6 +208,7 @@ def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> N
             "accuracy": measured["exact_match"]["accuracy"],
             "correct": "".join(str(int(x["correct"])) for x in answers),
             "nats_per_token": measured["nelbo"]["nats_per_token"] if nats is None else nats,
+            **({"parallel": parallel} if parallel else {}),
             **gradient_noise(config, checkpoint),
             "curves": curves(work / "tensorboard"),
             "config": _config(checkpoint, home, work),
@@ -215,6 +223,19 @@ def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> N
     part.write_text(json.dumps(found) + "\n")
     part.rename(file)
     shutil.rmtree(work)
+
+
+def in_fewer_forwards(asked: list[str], work: Path, task: str) -> dict[str, float]:
+    """The share of right answers by each of PARALLEL; asked: what evaluate.yaml was given."""
+    found = {}
+    for name, given in PARALLEL.items():
+        steps = f"decoding.steps={(LONGEST[task] + 1) // 2}"
+        more = [steps if x.endswith("HALF") else x for x in given]
+        more += ["tasks=[exact_match]", "dataset=null", f"output_dir={work / name}"]
+        _recipe("mdm_eval", CONFIGS / "evaluate.yaml", asked + more)
+        results = json.loads((work / name / "results.json").read_text())["tasks"]
+        found[name] = results["exact_match"]["accuracy"]
+    return found
 
 
 def variance(task: str, rate: str, home: Path, results: Path) -> None:
