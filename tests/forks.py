@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import secrets
 import select
 import socket
 import subprocess
@@ -134,10 +135,13 @@ def torchruns(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nothing listens on. Below those that the kernel gives to
+    connections: one of these could take it before it is used."""
+    while True:
+        port = 10000 + secrets.randbelow(20000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 def _serve(place: str, user, modules: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 """Jobs by the real docs/launch/mdm.sbatch, with stand-ins for SLURM's own commands.
 
 `tune` and the ranks that it starts are processes of the fork server (tests/forks.py), which spares
-their imports; tests/test_launch.py has a run of docs/launch/tune.sh without.
+their imports, and `torchrun --help` is printed without; tests/test_launch.py has a run of
+docs/launch/tune.sh with nothing in their place.
 """
 
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from torch.distributed.run import get_args_parser
 
 from tests import forks
 from tests.conftest import BIN
@@ -30,6 +32,7 @@ wait $!""",
     "scancel": """
 [ "$1" = --signal=TERM ] || exit 1
 kill -TERM $(pgrep -f "^[^ ]*python.*/forked.py .*$PWD/")""",
+    "torchrun": '[ "$*" = --help ] && cat torchrun.txt',
     "tune": f'exec "{forks.PYTHON}" tune "$@"',
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi',
 }
@@ -46,6 +49,7 @@ class Slurm:
 
     def __init__(self, directory: Path, job: int, *command: str | Path) -> None:
         self.directory, self.command, self.launches = directory, [str(x) for x in command], 0
+        (directory / "torchrun.txt").write_text(get_args_parser().format_help())
         for name, body in STAND_INS.items():
             (directory / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
             (directory / name).chmod(0o755)

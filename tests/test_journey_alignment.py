@@ -16,7 +16,7 @@ CASES = [(family, kind) for family, kinds in CONFIGS.items() for kind in kinds]
 SHORT = (
     *("model.max_seq_len=160", "tokenizer.max_seq_len=160", "max_steps_per_epoch=4", "epochs=1"),
     *("save_every_n_steps=2", "lr_scheduler.num_warmup_steps=1", "optimizer.lr=1e-3"),
-    *("compile=False", "timeout_minutes=1"),
+    *("compile=False", "timeout_minutes=1", "global_batch_size=4"),
 )
 KINDS = {
     "dpo": (
@@ -26,7 +26,10 @@ KINDS = {
         "sample_rows=0",
         "draws=2",
     ),
-    "grpo": ("max_new_tokens=16", "decoding.block_length=8", "decoding.steps=8", "updates=2"),
+    "grpo": (
+        *("max_new_tokens=16", "decoding.block_length=8", "decoding.steps=8", "updates=2"),
+        *("draws=2", "group_size=4"),
+    ),
 }
 REWARD = "mdm_plugin.alignment.rewards.brevity"
 
@@ -48,7 +51,6 @@ def test_packaged_configs_train_on_two_ranks_and_resume_bit_equal(
             answers = {"chosen": text, "rejected": text.split("\n")[0]}
             out.write(json.dumps({"prompt": turns[0]["content"], **answers}) + "\n")
     key = "prompts" if recipe == "mdm_grpo" else "dataset.source"
-    size = "global_batch_size=4" if recipe == "mdm_grpo" else "global_batch_size=8"
     own = [
         f"rewards.right._component_={REWARD}",
         "~rewards.right.task",
@@ -56,7 +58,7 @@ def test_packaged_configs_train_on_two_ranks_and_resume_bit_equal(
     ]
     arguments = [
         *("tune", "run", "--nproc_per_node", "2", recipe, "--config", f"{config}_{kind}"),
-        *(f"{key}={file}", f"output_dir={run}", f"checkpoint_dir={base}", size, *SMALL, *SHORT),
+        *(f"{key}={file}", f"output_dir={run}", f"checkpoint_dir={base}", *SMALL, *SHORT),
         *(("model.num_kv_heads=4",) if family == "Dream" else ()),
         f"model={builder.format('lora_' if 'lora' in kind else '')}",
         *KINDS[kind.split("_")[-1]],

@@ -6,6 +6,7 @@ of masks and the optimizer count as they are. What FSDP2 shards is divided by th
 it gathers is added.
 """
 
+from collections import Counter
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.weak import WeakIdKeyDictionary
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from mdm_plugin.config.components import instantiate
@@ -178,17 +180,15 @@ def writing(cfg: DictConfig, model: MDMTransformer, mode: Any, rows: int, length
     heads = attention.num_kv_heads * attention.head_dim
     caches = 2 * len(layers) * views * rows * length * heads * size if decoding.get("cache") else 0
     model.layers = layers[:2]
-    tracker = _tracker(model)
+    tracker = _Peaks(model)
     with mode, torch.no_grad():
         tokens = torch.zeros(views * rows, length, dtype=torch.long)
         mask = torch.ones(views * rows, 1, length, dtype=torch.bool)
         places = torch.arange(views * rows * width)
-        tracker.track_external(model)
         with tracker:
             model(tokens, mask=mask, positions=places, head=lambda head, hidden: hidden)
     model.layers = layers
-    kinds = _peak(tracker)
-    return Writing(logits, caches, sum(kinds.values()) - kinds["PARAM"])
+    return Writing(logits, caches, tracker.passing)
 
 
 class StepBytes(NamedTuple):
@@ -209,20 +209,16 @@ class StepBytes(NamedTuple):
 
 def _step(cfg: DictConfig, job: Job, noisy: Corrupted) -> StepBytes:
     """The bytes of a step of ``job`` with the layers that its model has now."""
-    model, mode, loss = job.model, job.mode, job.estimator.loss
-    trained = job.trained
+    model, mode = job.model, job.mode
+    tracker = _forward_backward(model, job.estimator.loss, noisy, mode)
     late = gradients = 0
     # Else gradients go as they come, or are there from the micro-batches before.
     if job.accumulation == 1 and not cfg.optimizer_in_bwd:
-        kept = _forward_backward(model, loss, noisy, mode)
-        gradients = kept.get("GRAD", 0)
+        kept = _peak(tracker)
+        gradients = kept["GRAD"]
         late = sum(kept.values()) - kept["PARAM"] - gradients
-        for p in trained:
-            p.grad = None
-    hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
-    dropped = _forward_backward(model, loss, noisy, mode)
-    for hook in hooks:
-        hook.remove()
+    for p in job.trained:
+        p.grad = None
     with mode:
         masters = {
             name: nn.Parameter(torch.empty_like(p, dtype=job.masters))
@@ -230,12 +226,7 @@ def _step(cfg: DictConfig, job: Job, noisy: Corrupted) -> StepBytes:
             if p.requires_grad
         }
         state, stepping = _optimizer_bytes(cfg, masters)
-    passing = sum(dropped.values()) - dropped["PARAM"]
-    return StepBytes(passing, late, gradients, state, stepping)
-
-
-def _drop(parameter: Tensor) -> None:
-    parameter.grad = None
+    return StepBytes(tracker.passing, late, gradients, state, stepping)
 
 
 def _fake(attend: Any, mode: FakeTensorMode) -> Any:
@@ -244,40 +235,55 @@ def _fake(attend: Any, mode: FakeTensorMode) -> Any:
     return None if attend is None else mode.from_tensor(attend)
 
 
-def _tracker(model: MDMTransformer) -> MemTracker:
-    """A tracker that takes a model of which some is frozen."""
-    tracker = MemTracker()
-    # It hooks the gradient of every parameter, also of those that have none: these are taken.
-    none = torch.zeros((), requires_grad=True).register_hook(lambda grad: None)
-    for p in model.parameters():
-        if not p.requires_grad:
-            tracker._param_to_grad_hook_handles[p] = (none, none)
+class _Peaks(MemTracker):
+    """A tracker of a model of which some may be frozen, and of its peaks alone."""
+
+    def __init__(self, model: MDMTransformer) -> None:
+        super().__init__()
+        self.passing = 0  # the peak of all but parameters, and gradients that have come
+        # It hooks the gradient of every parameter, also of those that have none: these are taken.
+        none = torch.zeros((), requires_grad=True).register_hook(lambda grad: None)
+        for p in model.parameters():
+            if not p.requires_grad:
+                self._param_to_grad_hook_handles[p] = (none, none)
+        self.track_external(model)
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        # After each operation. Each module's, for which nothing asks, take half of the time.
+        modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = modules
+        now = _kinds(self._curr_mem_snap)
+        rest = sum(now.values()) - now["PARAM"] - now["GRAD"]
+        self.passing = max(self.passing, rest)
+
+
+def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> _Peaks:
+    """The peaks of a forward and backward pass."""
+    tracker, attend = _Peaks(model), _fake(noisy.attend, mode)
+    with mode, tracker:
+        fake = noisy._replace(
+            noisy=mode.from_tensor(noisy.noisy),
+            attend=attend,
+            input_pos=None if noisy.input_pos is None else mode.from_tensor(noisy.input_pos),
+            targets=type(noisy.targets)(*(mode.from_tensor(x) for x in noisy.targets)),
+        )
+        forward_loss(model, loss, fake)[0].backward()
     return tracker
 
 
-def _forward_backward(model: MDMTransformer, loss: Any, noisy: Any, mode: Any) -> dict[str, int]:
-    """Bytes by kind at the peak of a forward and backward pass."""
-    tracker, attend = _tracker(model), _fake(noisy.attend, mode)
-    with mode:
-        tracker.track_external(model)
-        with tracker:
-            fake = noisy._replace(
-                noisy=mode.from_tensor(noisy.noisy),
-                attend=attend,
-                input_pos=None if noisy.input_pos is None else mode.from_tensor(noisy.input_pos),
-                targets=type(noisy.targets)(*(mode.from_tensor(x) for x in noisy.targets)),
-            )
-            forward_loss(model, loss, fake)[0].backward()
-    return _peak(tracker)
+def _peak(tracker: MemTracker) -> Counter[str]:
+    """Bytes by kind."""
+    return _kinds(tracker.get_tracker_snapshot("peak"))
 
 
-def _peak(tracker: MemTracker) -> dict[str, int]:
-    kinds: dict[str, int] = {}
-    for device in tracker.get_tracker_snapshot("peak").values():
+def _kinds(snapshot: dict[torch.device, dict[Any, int]]) -> Counter[str]:
+    kinds: Counter[str] = Counter()
+    for device in snapshot.values():
         for kind, count in device.items():
             name = kind.name if isinstance(kind, Enum) else str(kind)
             if name != "Total":
-                kinds[name] = kinds.get(name, 0) + count
+                kinds[name] += count
     return kinds
 
 

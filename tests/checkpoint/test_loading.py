@@ -42,14 +42,17 @@ def random_checkpoint(directory, build, shards, dtype):
     with torch.device("meta"):
         shapes = {hf_name(FAMILIES["llada"], k): p for k, p in named_parameters(build()).items()}
 
+    # Uniform of variance 1/D. A prime number of values are drawn, and each tensor takes them from
+    # a place of its own on, again and again: no row is another one, in a fraction of the time.
+    drawn = torch.empty(4_194_301, dtype=dtype).uniform_(-(3**0.5), 3**0.5)
+
     def make(shape):
         if len(shape) == 1:
             return lambda: torch.ones(shape, dtype=dtype)
-        # Uniform of variance 1/D: several times faster to draw than normal.
-        scale = (3 / shape[-1]) ** 0.5
-        return lambda: torch.empty(shape, dtype=dtype).uniform_(-scale, scale)
+        values = (drawn / shape[-1] ** 0.5).roll(int(torch.randint(len(drawn), ())))
+        return lambda: values.repeat(-(-shape.numel() // len(drawn)))[: shape.numel()].view(shape)
 
-    tensors = {name: make(tuple(p.shape)) for name, p in shapes.items()}
+    tensors = {name: make(p.shape) for name, p in shapes.items()}
     return write_shards(directory, tensors, {"model_type": "llada"}, shards)
 
 

@@ -22,7 +22,7 @@ METHODS = {
 }
 # Of a step by counts; Widening is at (0.5, 1), (0.25, 1) and (0, 1) in three steps.
 OBJECTIVES = {"Window": {"low": 0.3, "high": 0.8}, "Widening": {"low": 0.5, "high": 1.0}}
-PROBE = {"grid": 6, "rows": 4, "masks": 2}
+PROBE = {"grid": 4, "rows": 4, "masks": 2}
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def home(data_dir, tmp_path_factory):
 def titan(torchtitan, home, data_dir, tmp_path):
     """Runs of torchtitan on some ranks: {name: {rank: what it wrote}}."""
 
-    some = (data_dir / "val.jsonl").read_text().splitlines(keepends=True)[:40]
+    some = (data_dir / "val.jsonl").read_text().splitlines(keepends=True)[:16]
     (tmp_path / "some.jsonl").write_text("".join(some))
 
     def run(ranks, runs):
