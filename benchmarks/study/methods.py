@@ -52,8 +52,8 @@ _WINDOW = _COUNTS + _objective("Window", low=0.4, high=1.0)
 _WIDENING = _COUNTS + _objective("Widening", low=0.5, high=1.0)
 _MUON = ("optimizer._component_=mdm_plugin.training.Muon", "~optimizer.fused")
 # Averages over fewer steps than the usual 0.95 of Muon's momentum and 0.9 of AdamW's first beta.
-_MUON_80 = (*_MUON, "optimizer.momentum=0.8")
 _BETA_60 = ("optimizer.betas=[0.6,0.98]",)
+_MUON_80 = (*_MUON, "optimizer.momentum=0.8", *_BETA_60)
 _EMA = ("ema._component_=mdm_plugin.training.EMA", "ema.decay=0.99")
 CAUSAL = ("model.causal=True", *_sampler("Uniform"), *_mask("NextToken"))
 
@@ -141,18 +141,19 @@ TUNED_ON = {
     "Muon 0.8": "standard_muon_80",
     "Muon 0.8, window": "window_muon_80",
 }
-RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
+RATES = ("2e-3", "4e-3", "8e-3", "16e-3", "32e-3")
 TUNING_SEEDS = (1,)
 # How much an optimizer averages over steps was chosen as the rates were: on validation rows, at the
-# rate of the family. A method that stands for itself has been tuned at that rate already.
+# rate of the family. Momentum and β₁; of AdamW β₁ alone.
 MOMENTA = {
     "widening_60": {"0.9": "widening", "0.8": "widening_80", "0.6": "widening_60"},
-    "standard_muon_80": {"0.95": "standard_muon", "0.8": "standard_muon_80"},
+    "standard_muon_80": {"0.95, 0.9": "standard_muon", "0.8, 0.6": "standard_muon_80"},
     "window_muon_80": {
-        "0.95": "window_muon",
-        "0.9": "window_muon_90",
-        "0.8": "window_muon_80",
-        "0.7": "window_muon_70",
+        "0.95, 0.9": "window_muon",
+        "0.9, 0.6": "window_muon_90",
+        "0.8, 0.9": "window_muon_80_90",
+        "0.8, 0.6": "window_muon_80",
+        "0.7, 0.6": "window_muon_70",
     },
 }
 SEEDS = (42, 731, 20231, 5, 77)
@@ -229,8 +230,9 @@ def _of_momentum(like: str, *overrides: str) -> Method:
 
 TRIED = {
     "widening_80": _of_momentum("widening", "optimizer.betas=[0.8,0.98]"),
-    "window_muon_90": _of_momentum("window_muon", "optimizer.momentum=0.9"),
-    "window_muon_70": _of_momentum("window_muon", "optimizer.momentum=0.7"),
+    "window_muon_90": _of_momentum("window_muon_80", "optimizer.momentum=0.9"),
+    "window_muon_80_90": _of_momentum("window_muon_80", "optimizer.betas=[0.9,0.98]"),
+    "window_muon_70": _of_momentum("window_muon_80", "optimizer.momentum=0.7"),
 }
 
 

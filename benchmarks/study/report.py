@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -225,16 +226,18 @@ def goals(runs: dict[tuple[str, str], Runs]) -> list[str]:
 
 def table_of_tuning(results: Path, methods: Mapping[str, Method]) -> list[str]:
     """Mean validation accuracy by learning rate, of the methods that families were tuned on."""
+    tuned = [Run(*x, "val") for x in product(SETTINGS, methods, TUNING_SEEDS, RATES)]
+    rates = sorted({x.rate for x in tuned if x.file(results).is_file()}, key=RATES.index)
     lines = [
-        "| family (tuned on) | task | " + " | ".join(RATES) + " |",
-        "|---|---|" + "---|" * len(RATES),
+        "| family (tuned on) | task | " + " | ".join(rates) + " |",
+        "|---|---|" + "---|" * len(rates),
     ]
     for family, method in TUNED_ON.items():
         if method not in methods:
             continue
         for task in SETTINGS:
             cells = []
-            for rate in RATES:
+            for rate in rates:
                 runs = [Run(task, method, seed, rate, "val") for seed in TUNING_SEEDS]
                 found = [read(run.file(results)) for run in runs]
                 values = [100 * x["accuracy"] for x in found if x]
@@ -244,7 +247,7 @@ def table_of_tuning(results: Path, methods: Mapping[str, Method]) -> list[str]:
             best = best_rate(results, task, family)
             shown = [
                 f"**{x:.1f}**" if rate == best else "–" if math.isnan(x) else f"{x:.1f}"
-                for rate, x in zip(RATES, cells, strict=True)
+                for rate, x in zip(rates, cells, strict=True)
             ]
             lines.append(f"| {family} ({METHODS[method].label}) | {task} | {' | '.join(shown)} |")
     return lines
