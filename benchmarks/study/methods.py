@@ -141,7 +141,7 @@ TUNED_ON = {
     "Muon 0.8": "standard_muon_80",
     "Muon 0.8, window": "window_muon_80",
 }
-RATES = ("2e-3", "4e-3", "8e-3", "16e-3", "32e-3")
+RATES = ("2e-3", "4e-3", "8e-3", "16e-3", "32e-3", "64e-3")
 TUNING_SEEDS = (1,)
 # How much an optimizer averages over steps was chosen as the rates were: on validation rows, at the
 # rate of the family. Momentum and β₁; of AdamW β₁ alone.
