@@ -103,6 +103,9 @@ def test_what_was_tried_is_another_momentum_and_nothing_else():
             assert momentum.split(", ") == [*muon, beta]
 
 
+PARALLEL = {"two": 0.3, "threshold": 0.25, "stable": 0.2}
+
+
 def store(results, run, accuracy, rows=500, seed=0):
     dice = random.Random(f"{run} {seed}")
     correct = [int(dice.random() < accuracy) for _ in range(rows)]
@@ -115,6 +118,7 @@ def store(results, run, accuracy, rows=500, seed=0):
         "nats_per_token": 1 - accuracy,
         "curves": {"val/nelbo_nats_per_token": [[0, 5.0], [320, 0.5], [640, 1 - accuracy]]},
         "seconds": 60.0,
+        **({"parallel": PARALLEL} if run.method == "standard_muon_80" else {}),
     }
     file.write_text(json.dumps(found))
 
@@ -174,6 +178,8 @@ def test_the_report_is_the_same_bytes_and_finds_what_is_there(results, tmp_path,
         assert len(found) == (1 if text is texts[0] else 2)
         assert all(abs(float(x.split("|")[5].split()[0]) - 50) < 5 for x in found)
     assert "a quarter of the steps" not in texts[0]
+    written = [x for x in table.splitlines() if x.endswith("| 30.0 | 25.0 | 20.0 |")]
+    assert len(written) == 3 and all("| Standard, Muon 0.8 | " in x for x in written)
     (line,) = [x for x in table.splitlines() if "| 0.7, 0.6 |" in x]
     assert line.startswith("| FixedCount, window (.4, 1), Muon 0.8 | 0.7, 0.6 | ")
 

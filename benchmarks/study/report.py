@@ -270,6 +270,25 @@ def table_of_momenta(results: Path) -> list[str]:
     return lines
 
 
+def table_of_parallel(runs: dict[tuple[str, str], Runs]) -> list[str]:
+    """Right answers by ways to write more than a token in a forward, beside one a step."""
+    names = ("two", "threshold", "stable")
+    lines = [
+        "| method | task | one token a step | two a step | `Threshold` (0.9) | `Stable` (KLASS) |",
+        "|---|---|---|---|---|---|",
+    ]
+    order = [*METHODS, *CAUSES]
+    for (task, name), found in sorted(runs.items(), key=lambda x: order.index(x[0][1])):
+        cause = CAUSES.get(name)
+        label = f"{METHODS[cause.like].label}: {cause.change}" if cause else METHODS[name].label
+        values = [x["parallel"] for x in found.by_seed.values() if "parallel" in x]
+        if values:
+            cells = [mean(found.accuracy), *(100 * mean(x[y] for x in values) for y in names)]
+            shown = " | ".join(f"{x:.1f}" for x in cells)
+            lines.append(f"| {label} | {task} | {shown} |")
+    return lines
+
+
 def variances(results: Path) -> dict[str, dict[str, dict[str, float]]]:
     """By task and method, the variance of a step's gradient at equal rows, with its interval."""
     files = {task: results / "variance" / f"{task}.json" for task in SETTINGS}
@@ -449,6 +468,10 @@ def objective_sections(results: Path) -> str:
             "stopped where it is at its ceiling no more.",
             spreads(runs),
             table_of_causes(runs, SECOND),
+        ),
+        (
+            "**In fewer forwards**: right answers of the same models, written by other samplers.",
+            table_of_parallel(runs),
         ),
         (
             "**Learning rates**: right answers on 300 validation rows, with a seed that the study "
