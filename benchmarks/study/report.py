@@ -462,6 +462,7 @@ def objective_sections(results: Path) -> str:
             table_of_differences(runs, "standard_64_2", SECOND),
             table_of_differences(runs, "standard_muon", SECOND),
             table_of_differences(runs, "standard_muon_80", SECOND),
+            table_of_differences(runs, "autoregressive_2", SECOND),
         ),
         (
             "**Spread over seeds**, where 80 % or more are right; and the autoregressive model's, "
