@@ -144,12 +144,13 @@ TUNED_ON = {
 RATES = ("2e-3", "4e-3", "8e-3", "16e-3", "32e-3", "64e-3")
 TUNING_SEEDS = (1,)
 # How much an optimizer averages over steps was chosen as the rates were: on validation rows, at the
-# rate of the family. Momentum and β₁; of AdamW β₁ alone.
+# rate of the family. Momentum and β₁; of AdamW β₁ alone. The usual ones are tried under names of
+# their own, so that these runs do not take part in the choice of their own family's rate.
 MOMENTA = {
-    "widening_60": {"0.9": "widening", "0.8": "widening_80", "0.6": "widening_60"},
-    "standard_muon_80": {"0.95, 0.9": "standard_muon", "0.8, 0.6": "standard_muon_80"},
+    "widening_60": {"0.9": "widening_90", "0.8": "widening_80", "0.6": "widening_60"},
+    "standard_muon_80": {"0.95, 0.9": "standard_muon_95", "0.8, 0.6": "standard_muon_80"},
     "window_muon_80": {
-        "0.95, 0.9": "window_muon",
+        "0.95, 0.9": "window_muon_95",
         "0.9, 0.6": "window_muon_90",
         "0.8, 0.9": "window_muon_80_90",
         "0.8, 0.6": "window_muon_80",
@@ -229,6 +230,9 @@ def _of_momentum(like: str, *overrides: str) -> Method:
 
 
 TRIED = {
+    "widening_90": METHODS["widening"],
+    "standard_muon_95": METHODS["standard_muon"],
+    "window_muon_95": METHODS["window_muon"],
     "widening_80": _of_momentum("widening", "optimizer.betas=[0.8,0.98]"),
     "window_muon_90": _of_momentum("window_muon_80", "optimizer.momentum=0.9"),
     "window_muon_80_90": _of_momentum("window_muon_80", "optimizer.betas=[0.9,0.98]"),
