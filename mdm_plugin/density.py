@@ -28,27 +28,22 @@ class Density:
     """
 
     def __init__(self, knots: Tensor, values: Tensor) -> None:
-        # In numpy: a sampler that learns makes a density of some twenty numbers each step, and an
-        # operation on so few takes torch three times as long.
-        knots, values = knots.double(), values.double()
-        at, value = knots.numpy(), values.numpy()
-        widths = at[1:] - at[:-1]
-        if at[0] != 0 or at[-1] != 1 or not (widths >= 0).all():
+        self.knots, values = knots.double(), values.double()
+        widths = self.knots.diff()
+        if self.knots[0] != 0 or self.knots[-1] != 1 or not (widths >= 0).all():
             raise ValueError("the knots of a density increase from 0 to 1")
-        if not (numpy.isfinite(value) & (value >= 0)).all():
+        if not ((values >= 0) & values.isfinite()).all():
             raise ValueError("a density is finite and not negative at each of its knots")
-        total = float(torch.trapezoid(values, knots))
+        total = torch.trapezoid(values, self.knots)
         if not total > 0:
             raise ValueError("a density has some mass: it is positive somewhere")
         # A density that comes back from a checkpoint is the same to the last bit.
-        value = value if abs(total - 1) < 1e-12 else value / total
-        steps = widths * (value[1:] + value[:-1]) / 2
-        slopes = (value[1:] - value[:-1]) / numpy.where(widths > 0, widths, numpy.inf)
-        self.knots, self.values = knots, torch.from_numpy(value)
-        self._cdf = torch.from_numpy(numpy.concatenate(([0.0], steps.cumsum())))
-        self._slopes = torch.from_numpy(slopes)
-        self._last = int(steps.nonzero()[0][-1])  # the last segment with mass
-        self.is_uniform = bool((value == 1).all())
+        self.values = values if abs(float(total) - 1) < 1e-12 else values / total
+        steps = widths * (self.values[1:] + self.values[:-1]) / 2
+        self._cdf = torch.cat((torch.zeros(1, dtype=torch.float64), steps.cumsum(0)))
+        self._slopes = self.values.diff() / torch.where(widths > 0, widths, torch.inf)
+        self._last = int(steps.nonzero()[-1])  # the last segment with mass
+        self.is_uniform = bool((self.values == 1).all())
         self._tables: dict[int, Tensor] = {}
 
     def mixed(self, weight: float) -> "Density":

@@ -125,11 +125,10 @@ def curve(t: Tensor, values: Tensor, x: Tensor) -> Tensor:
 
 def smoothed(root: Tensor) -> Tensor:
     """Each value averaged over five points, by (1, 4, 6, 4, 1)/16: alone it is mostly noise."""
-    found = root.numpy()
     for _ in range(2):
-        found = numpy.concatenate((found[:1], found, found[-1:]))
-        found = (found[:-2] + 2 * found[1:-1] + found[2:]) / 4
-    return torch.from_numpy(found)
+        root = torch.cat((root[:1], root, root[-1:]))
+        root = (root[:-2] + 2 * root[1:-1] + root[2:]) / 4
+    return root
 
 
 def _smoothed(t: Tensor, root: Tensor, least: float) -> tuple[Tensor, Tensor]:

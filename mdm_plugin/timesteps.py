@@ -16,7 +16,6 @@ name it in the config by dotted path.
 
 from typing import Any, Literal
 
-import numpy
 import torch
 from torch import Generator, Tensor
 
@@ -68,17 +67,17 @@ def _drawn(h: Density, n: int, generator: Generator, w: Density) -> Times:
 
 def _moved(knots: Tensor, values: Tensor, mix: float) -> Density:
     """A density through values at knots that need not differ, nor reach 0 and 1; ``mixed``."""
-    at = knots.numpy().clip(0, 1)
-    order = at.argsort(kind="stable")
-    at, value = at[order], values.numpy()[order]
-    keep = (at > 0) & (at < 1)
-    keep[1:] &= at[1:] - at[:-1] > 1e-9
+    knots, order = knots.clamp(0, 1).sort(stable=True)
+    values = values[order]
+    keep = torch.cat((knots.new_ones(1), knots.diff())) > 1e-9
+    keep &= (knots > 0) & (knots < 1)
+    whole = torch.cat((knots.new_zeros(1), knots[keep], knots.new_ones(1)))
     # Of several at an end, where w has no share, the nearest counts.
-    first, last = value[at <= 0][-1:], value[at >= 1][:1]
-    ends = first if len(first) else value[:1], last if len(last) else value[-1:]
-    whole = torch.from_numpy(numpy.concatenate(([0.0], at[keep], [1.0])))
-    drawn = torch.from_numpy(numpy.concatenate((ends[0], value[keep], ends[1])))
-    return Density(whole, (1 - mix) * (drawn / torch.trapezoid(drawn, whole)) + mix)
+    first, last = values[knots <= 0][-1:], values[knots >= 1][:1]
+    ends = first if len(first) else values[:1], last if len(last) else values[-1:]
+    values = torch.cat((ends[0], values[keep], ends[1]))
+    values = values / torch.trapezoid(values, whole)
+    return Density(whole, (1 - mix) * values + mix)
 
 
 class ParetoOptimal(TimestepSampler):
