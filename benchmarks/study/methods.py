@@ -141,7 +141,10 @@ TUNED_ON = {
     "Muon 0.8": "standard_muon_80",
     "Muon 0.8, window": "window_muon_80",
 }
-RATES = ("2e-3", "4e-3", "8e-3", "16e-3", "32e-3", "64e-3")
+RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
+HIGHER = (*RATES, "32e-3", "64e-3")
+# The families whose best of RATES was its highest, and which were taken further.
+TAKEN_FURTHER = ("Muon 0.8", "Muon 0.8, window")
 TUNING_SEEDS = (1,)
 # How much an optimizer averages over steps was chosen as the rates were: on validation rows, at the
 # rate of the family. Momentum and β₁; of AdamW β₁ alone. The usual ones are tried under names of
@@ -238,6 +241,11 @@ TRIED = {
     "window_muon_80_90": _of_momentum("window_muon_80", "optimizer.betas=[0.9,0.98]"),
     "window_muon_70": _of_momentum("window_muon_80", "optimizer.momentum=0.7"),
 }
+
+
+def rates(family: str) -> tuple[str, ...]:
+    """Those that a family is tuned over."""
+    return HIGHER if family in TAKEN_FURTHER else RATES
 
 
 def find(method: str) -> Method:

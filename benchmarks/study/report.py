@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -20,15 +19,15 @@ from scipy.stats import spearmanr
 from benchmarks.study.methods import (
     CAUSES,
     FIRST,
+    HIGHER,
     METHODS,
     MOMENTA,
-    RATES,
     SECOND,
     TUNED_ON,
-    TUNING_SEEDS,
     Method,
+    rates,
 )
-from benchmarks.study.runs import Run, best_rate, folder, read
+from benchmarks.study.runs import best_rate, folder, read, validated
 from benchmarks.study.tasks import SETTINGS
 
 HERE = Path(__file__).parent
@@ -226,30 +225,28 @@ def goals(runs: dict[tuple[str, str], Runs]) -> list[str]:
 
 def table_of_tuning(results: Path, methods: Mapping[str, Method]) -> list[str]:
     """Mean validation accuracy by learning rate, of the methods that families were tuned on."""
-    tuned = [Run(*x, "val") for x in product(SETTINGS, methods, TUNING_SEEDS, RATES)]
-    rates = sorted({x.rate for x in tuned if x.file(results).is_file()}, key=RATES.index)
+    families = {family: name for family, name in TUNED_ON.items() if name in methods}
+    found = {
+        (family, task, rate): values
+        for family, name in families.items()
+        for task in SETTINGS
+        for rate in rates(family)
+        if (values := validated(results, task, name, rate))
+    }
+    shown = [rate for rate in HIGHER if any(x[2] == rate for x in found)]
     lines = [
-        "| family (tuned on) | task | " + " | ".join(rates) + " |",
-        "|---|---|" + "---|" * len(rates),
+        "| family (tuned on) | task | " + " | ".join(shown) + " |",
+        "|---|---|" + "---|" * len(shown),
     ]
-    for family, method in TUNED_ON.items():
-        if method not in methods:
-            continue
+    for family, name in families.items():
         for task in SETTINGS:
-            cells = []
-            for rate in rates:
-                runs = [Run(task, method, seed, rate, "val") for seed in TUNING_SEEDS]
-                found = [read(run.file(results)) for run in runs]
-                values = [100 * x["accuracy"] for x in found if x]
-                cells.append(mean(values) if values else float("nan"))
-            if all(math.isnan(x) for x in cells):
-                continue
             best = best_rate(results, task, family)
-            shown = [
-                f"**{x:.1f}**" if rate == best else "–" if math.isnan(x) else f"{x:.1f}"
-                for rate, x in zip(rates, cells, strict=True)
-            ]
-            lines.append(f"| {family} ({METHODS[method].label}) | {task} | {' | '.join(shown)} |")
+            cells = ["–"] * len(shown)
+            for i, rate in enumerate(shown):
+                if values := found.get((family, task, rate)):
+                    cells[i] = f"**{mean(values):.1f}**" if rate == best else f"{mean(values):.1f}"
+            if any(x != "–" for x in cells):
+                lines.append(f"| {family} ({METHODS[name].label}) | {task} | {' | '.join(cells)} |")
     return lines
 
 
@@ -261,31 +258,38 @@ def table_of_momenta(results: Path) -> list[str]:
             cells = []
             for task in SETTINGS:
                 rate = best_rate(results, task, METHODS[chosen].family)
-                runs = [Run(task, name, seed, rate, "val") for seed in TUNING_SEEDS]
-                found = [x for run in runs if (x := read(run.file(results)))]
-                shown = f"{mean(100 * x['accuracy'] for x in found):.1f}" if found else "–"
+                values = validated(results, task, name, rate)
+                shown = f"{mean(values):.1f}" if values else "–"
                 cells.append(f"**{shown}**" if name == chosen else shown)
             if any(x.strip("*") != "–" for x in cells):
                 lines.append(f"| {METHODS[chosen].label} | {momentum} | {' | '.join(cells)} |")
     return lines
 
 
+def label(name: str) -> str:
+    """Of a method, or of one with something changed."""
+    if cause := CAUSES.get(name):
+        return f"{METHODS[cause.like].label}: {cause.change}"
+    return METHODS[name].label
+
+
 def table_of_parallel(runs: dict[tuple[str, str], Runs]) -> list[str]:
     """Right answers by ways to write more than a token in a forward, beside one a step."""
-    names = ("two", "threshold", "stable")
+    ways = {
+        "two": "two a step",
+        "threshold": "`Threshold` (0.9)",
+        "stable": "`Stable` (KLASS)",
+    }
     lines = [
-        "| method | task | one token a step | two a step | `Threshold` (0.9) | `Stable` (KLASS) |",
-        "|---|---|---|---|---|---|",
+        f"| method | task | one token a step | {' | '.join(ways.values())} |",
+        "|---|---|---|" + "---|" * len(ways),
     ]
     order = [*METHODS, *CAUSES]
     for (task, name), found in sorted(runs.items(), key=lambda x: order.index(x[0][1])):
-        cause = CAUSES.get(name)
-        label = f"{METHODS[cause.like].label}: {cause.change}" if cause else METHODS[name].label
         values = [x["parallel"] for x in found.by_seed.values() if "parallel" in x]
         if values:
-            cells = [mean(found.accuracy), *(100 * mean(x[y] for x in values) for y in names)]
-            shown = " | ".join(f"{x:.1f}" for x in cells)
-            lines.append(f"| {label} | {task} | {shown} |")
+            cells = [mean(found.accuracy), *(100 * mean(x[way] for x in values) for way in ways)]
+            lines.append(f"| {label(name)} | {task} | {' | '.join(f'{x:.1f}' for x in cells)} |")
     return lines
 
 
@@ -312,16 +316,15 @@ def table_of_variance(results: Path) -> list[str]:
     return lines
 
 
-def table_of_causes(runs: dict[tuple[str, str], Runs], methods: Mapping[str, Method]) -> list[str]:
-    """Each of some methods with one thing changed, beside the method it is like, over common
-    seeds."""
+def table_of_causes(runs: dict[tuple[str, str], Runs]) -> list[str]:
+    """Each method with one thing changed, beside the method it is like, over common seeds."""
     lines = [
         "| method, and what was changed | task | as in the study | changed | difference, points | "
         "nats per token |",
         "|---|---|---|---|---|---|",
     ]
     for name, cause in CAUSES.items():
-        for task in SETTINGS if cause.like in methods else ():
+        for task in SETTINGS:
             if (task, name) not in runs or (task, cause.like) not in runs:
                 continue
             before, after = runs[task, cause.like], runs[task, name]
@@ -335,7 +338,7 @@ def table_of_causes(runs: dict[tuple[str, str], Runs], methods: Mapping[str, Met
                 mean(x.by_seed[seed]["nats_per_token"] for seed in seeds) for x in (before, after)
             ]
             lines.append(
-                f"| {METHODS[cause.like].label}: {cause.change} | {task} | {' | '.join(cells)} | "
+                f"| {label(name)} | {task} | {' | '.join(cells)} | "
                 f"{difference:+.1f} ({low:+.1f} to {high:+.1f}) | {nats[0]:.3f} to {nats[1]:.3f} |"
             )
     return lines
@@ -444,10 +447,15 @@ def spreads(runs: dict[tuple[str, str], Runs]) -> list[str]:
     return lines
 
 
+def of_part(results: Path, methods: Mapping[str, Method]) -> dict[tuple[str, str], Runs]:
+    """The stored runs of a part of the study: its methods, and these with one thing changed."""
+    names = {*methods, *(name for name, cause in CAUSES.items() if cause.like in methods)}
+    return {key: x for key, x in load(results).items() if key[1] in names}
+
+
 def objective_sections(results: Path) -> str:
     """The generated part of docs/objectives.md."""
-    second = {*SECOND, *(name for name, cause in CAUSES.items() if cause.like in SECOND)}
-    runs = {key: x for key, x in load(results).items() if key[1] in second}
+    runs = of_part(results, SECOND)
     total = sum(len(x.by_seed) for x in runs.values())
     seconds = sum(x["seconds"] for r in runs.values() for x in r.by_seed.values())
     parts = [f"{total} runs are stored, {seconds / 3600:.1f} hours of one core."]
@@ -468,7 +476,7 @@ def objective_sections(results: Path) -> str:
             "**Spread over seeds**, where 80 % or more are right; and the autoregressive model's, "
             "stopped where it is at its ceiling no more.",
             spreads(runs),
-            table_of_causes(runs, SECOND),
+            table_of_causes(runs),
         ),
         (
             "**In fewer forwards**: right answers of the same models, written by other samplers.",
@@ -492,8 +500,7 @@ def objective_sections(results: Path) -> str:
 
 def sections(results: Path) -> str:
     """The generated part of docs/study.md."""
-    first = {*FIRST, *(name for name, cause in CAUSES.items() if cause.like in FIRST)}
-    runs = {key: x for key, x in load(results).items() if key[1] in first}
+    runs = of_part(results, FIRST)
     if not runs:
         tuned = len(list((results / "tuning").rglob("*.json")))
         return f"No run is stored yet (of the tuning of learning rates: {tuned})."
@@ -518,7 +525,7 @@ def sections(results: Path) -> str:
         (
             "**Why**: one thing changed at a time (mean ± standard deviation over seeds; 95 % "
             "intervals).",
-            table_of_causes(runs, FIRST),
+            table_of_causes(runs),
         ),
         (
             "**Variance of the gradient** halfway through Standard's training, Standard = 1: at "

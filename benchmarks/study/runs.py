@@ -26,13 +26,13 @@ from benchmarks.study.methods import (
     CAUSES,
     METHODS,
     MOMENTA,
-    RATES,
     SEEDS,
     STEPS,
     TUNED_ON,
     TUNING_SEEDS,
     find,
     overrides,
+    rates,
 )
 from benchmarks.study.tasks import LONGEST
 from mdm_plugin.checkpoint.checkpointer import Checkpointer
@@ -53,12 +53,6 @@ from mdm_plugin.training.step import backward, forward_loss, global_normalizer
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
-# Ways to write more than a token in a forward, beside one a step: overrides of evaluate.yaml.
-PARALLEL = {
-    "two": ("decoding.steps=HALF",),
-    "threshold": ("sampler._component_=mdm_plugin.generation.Threshold",),  # of 0.9
-    "stable": ("sampler._component_=mdm_plugin.generation.Stable", "~sampler.order"),
-}
 PRETRAINED: dict[str, list[str]] = {"pretrained": [], "autoregressive": [*CAUSAL]}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -101,22 +95,22 @@ def tuning(tasks: Iterable[str], methods: Iterable[str]) -> list[Run]:
     return [
         Run(task, TUNED_ON[family], seed, rate, "val")
         for seed in TUNING_SEEDS
-        for rate in RATES
         for task in tasks
         for family in families
+        for rate in rates(family)
     ]
+
+
+def validated(results: Path, task: str, method: str, rate: str) -> list[float]:
+    """The right answers on validation rows, in percent, of each tuning seed that is stored."""
+    runs = [Run(task, method, seed, rate, "val") for seed in TUNING_SEEDS]
+    return [100 * x["accuracy"] for run in runs if (x := read(run.file(results)))]
 
 
 def best_rate(results: Path, task: str, family: str) -> str:
     """That of the highest mean accuracy over the tuning seeds; of equal ones the lower rate."""
-    accuracy = {}
-    for rate in RATES:
-        found = [
-            read(Run(task, TUNED_ON[family], seed, rate, "val").file(results))
-            for seed in TUNING_SEEDS
-        ]
-        accuracy[rate] = sum(x["accuracy"] for x in found if x)
-    return max(RATES, key=lambda rate: accuracy[rate])
+    method = TUNED_ON[family]
+    return max(rates(family), key=lambda rate: sum(validated(results, task, method, rate)))
 
 
 def tried(results: Path, tasks: Iterable[str], methods: Iterable[str]) -> list[Run]:
@@ -226,12 +220,18 @@ def execute(run: Run, home: Path, results: Path, stored: str | None = None) -> N
 
 
 def in_fewer_forwards(asked: list[str], work: Path, task: str) -> dict[str, float]:
-    """The share of right answers by each of PARALLEL; asked: what evaluate.yaml was given."""
+    """The share of right answers by ways to write more than a token in a forward.
+
+    asked: what evaluate.yaml was given to write one a forward.
+    """
+    ways = {
+        "two": (f"decoding.steps={(LONGEST[task] + 1) // 2}",),
+        "threshold": ("sampler._component_=mdm_plugin.generation.Threshold",),  # of 0.9
+        "stable": ("sampler._component_=mdm_plugin.generation.Stable", "~sampler.order"),
+    }
     found = {}
-    for name, given in PARALLEL.items():
-        steps = f"decoding.steps={(LONGEST[task] + 1) // 2}"
-        more = [steps if x.endswith("HALF") else x for x in given]
-        more += ["tasks=[exact_match]", "dataset=null", f"output_dir={work / name}"]
+    for name, way in ways.items():
+        more = [*way, "tasks=[exact_match]", "dataset=null", f"output_dir={work / name}"]
         _recipe("mdm_eval", CONFIGS / "evaluate.yaml", asked + more)
         results = json.loads((work / name / "results.json").read_text())["tasks"]
         found[name] = results["exact_match"]["accuracy"]
